@@ -1,0 +1,1 @@
+"""The words every room shares: settings, requests, sampling parameters, outputs, the batch, and errors."""

@@ -1,0 +1,84 @@
+"""Engine settings: what was asked for. What is in effect stands in `EngineInfo`, filled by the engine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from surefoot.core.errors import InputError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of one engine. `None` means: let the planner choose, and report what it chose.
+
+    max_model_len: longest prompt plus output, in tokens.
+    max_num_seqs: most requests in one step.  max_num_batched_tokens: most tokens in one step (the prefill budget).
+    prefill_chunk_size: most prompt tokens of one request in one step; None leaves only the budget.
+    block_size: tokens per KV page.  kv_cache_tokens: total tokens that the KV pages hold.
+    num_state_checkpoints: recurrent-state snapshots kept for prefix caching of hybrid models; 0 turns it off there.
+    ops: "auto" picks the best registered implementation of each op, "reference" forces the readable one.
+    random_weights: seed for random weights instead of a checkpoint.
+    """
+
+    device: str = "cpu"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 2048
+    prefill_chunk_size: int | None = None
+    block_size: int | None = None
+    kv_cache_tokens: int | None = None
+    enable_prefix_caching: bool = True
+    num_state_checkpoints: int = 8
+    ops: str = "auto"
+    random_weights: int | None = None
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        if self.ops not in ("auto", "reference"):
+            raise InputError(f"ops must be 'auto' or 'reference', got {self.ops!r}")
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "prefill_chunk_size",
+            "block_size",
+            "kv_cache_tokens",
+            "num_threads",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        if self.num_state_checkpoints < 0:
+            raise InputError(f"num_state_checkpoints must be 0 or more, got {self.num_state_checkpoints}")
+
+
+@dataclass
+class EngineInfo:
+    """What is in effect: enough that nobody has to read the code to know where a number came from."""
+
+    model: str
+    architecture: str
+    device: str
+    device_name: str
+    dtype: str
+    num_parameters: int
+    weight_bytes: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+    kv_cache_bytes: int
+    state_bytes: int
+    prefix_caching: str
+    ops: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict:
+        return asdict(self)

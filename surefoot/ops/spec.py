@@ -1,0 +1,135 @@
+"""An op is declared once (`OpSpec`) and used five times.
+
+The declaration holds a readable reference, the cost, sample shapes and a tolerance per dtype. From it come the engine's
+dispatch, one parametrised test of every implementation against its reference, operator coverage, the roofline
+estimate, and the replay that names the faulty op when a proof fails.
+
+    y = ops.rms_norm(x, weight, eps)             # picks the best implementation registered for x's device
+    with ops.use("reference"): ...               # forces the readable one
+    ops.chosen()                                 # {"rms_norm/cpu": "avx512", ...}: what has been picked so far
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point (or integer multiply-add x 2) operations, bytes read and written, for one call."""
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest error allowed against the fp32 reference, as |a - b| <= atol + rtol * |b|, elementwise."""
+
+    atol: float
+    rtol: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an op: keyword arguments made by `make(dtype, device, generator)`, and what is special about it."""
+
+    name: str
+    make: Callable[[torch.dtype, torch.device, torch.Generator], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A device's way to compute an op: same signature as the reference.
+
+    `supports(**kwargs)` says whether these arguments (dtype, head_dim, ...) can be taken; None means always.
+    Higher priority is tried first.
+    """
+
+    name: str
+    device: str
+    fn: Callable[..., Any]
+    supports: Callable[..., bool] | None = None
+    priority: int = 0
+
+
+@dataclass
+class OpSpec:
+    """Declaration of one op. `mutates` names the arguments that are written in place."""
+
+    name: str
+    reference: Callable[..., Any]
+    cost: Callable[..., Cost]
+    samples: Callable[[], Iterable[Sample]]
+    tolerance: dict[torch.dtype, Tolerance]
+    mutates: tuple[str, ...] = ()
+    implementations: list[Implementation] = field(default_factory=list)
+
+    def register(self, implementation: Implementation) -> None:
+        self.implementations.append(implementation)
+        self.implementations.sort(key=lambda i: -i.priority)
+
+    def candidates(self, device_type: str) -> list[Implementation]:
+        return [i for i in self.implementations if i.device == device_type]
+
+
+REGISTRY: dict[str, OpSpec] = {}
+_policy = "auto"
+_chosen: dict[str, str] = {}
+
+
+def define(spec: OpSpec) -> OpSpec:
+    """Enter an op into the registry; names are unique."""
+    if spec.name in REGISTRY:
+        raise ValueError(f"op {spec.name} is declared twice")
+    REGISTRY[spec.name] = spec
+    return spec
+
+
+def register(op: str, device: str, name: str, *, supports: Callable[..., bool] | None = None, priority: int = 0):
+    """Decorator: register a function as an implementation of `op` on `device` ("cpu", "cuda", "npu")."""
+
+    def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
+        REGISTRY[op].register(Implementation(name, device, fn, supports, priority))
+        return fn
+
+    return wrap
+
+
+@contextlib.contextmanager
+def use(policy: str) -> Iterator[None]:
+    """Within the block, dispatch by `policy`: "auto" or "reference"."""
+    global _policy
+    before, _policy = _policy, policy
+    try:
+        yield
+    finally:
+        _policy = before
+
+
+def chosen() -> dict[str, str]:
+    """Which implementation each op took last, by "op/device"."""
+    return dict(_chosen)
+
+
+def forget_chosen() -> None:
+    _chosen.clear()
+
+
+def dispatch(spec: OpSpec, device_type: str, args: tuple, kwargs: dict) -> Any:
+    """Run the first implementation that takes these arguments, else the reference."""
+    if _policy == "auto":
+        for impl in spec.implementations:
+            if impl.device == device_type and (impl.supports is None or impl.supports(*args, **kwargs)):
+                _chosen[f"{spec.name}/{device_type}"] = impl.name
+                return impl.fn(*args, **kwargs)
+    _chosen[f"{spec.name}/{device_type}"] = "reference"
+    return spec.reference(*args, **kwargs)
