@@ -1,0 +1,1 @@
+"""Training of the canaries, the tiny models that ship with the package."""

@@ -1,0 +1,5 @@
+"""``python -m tools.train_canaries``."""
+
+from .train import main
+
+main()
