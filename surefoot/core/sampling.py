@@ -63,7 +63,10 @@ class SamplingParams:
                 not 0.0 < self.repetition_penalty <= 100.0,
                 f"repetition_penalty must lie in (0, 100], got {self.repetition_penalty}",
             ),
-            (not -2.0 <= self.presence_penalty <= 2.0, f"presence_penalty must lie in -2..2, got {self.presence_penalty}"),
+            (
+                not -2.0 <= self.presence_penalty <= 2.0,
+                f"presence_penalty must lie in -2..2, got {self.presence_penalty}",
+            ),
             (
                 not -2.0 <= self.frequency_penalty <= 2.0,
                 f"frequency_penalty must lie in -2..2, got {self.frequency_penalty}",

@@ -1,1 +1,38 @@
+"""Every operation the models need, each declared once as an `OpSpec` (see `ops/spec.py`).
 
+References live beside their declarations (norm, rotary, linear, activation, attention, conv, delta); faster
+pure-PyTorch forms for any device are in `ops/torch_native.py`; device kernels in `ops/cpu`, `ops/cuda`, `ops/npu`.
+"""
+
+from surefoot.ops.activation import sigmoid_mul, swiglu
+from surefoot.ops.attention import kv_write, paged_attention
+from surefoot.ops.conv import causal_conv, causal_conv_step
+from surefoot.ops.delta import delta_gates, gated_delta_chunk, gated_delta_step
+from surefoot.ops.linear import embedding, linear
+from surefoot.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
+from surefoot.ops.rotary import rotary
+from surefoot.ops.spec import REGISTRY, chosen, forget_chosen, use
+
+from surefoot.ops import torch_native  # noqa: F401  isort: skip  (registers implementations)
+
+__all__ = [
+    "REGISTRY",
+    "add_rms_norm",
+    "causal_conv",
+    "causal_conv_step",
+    "chosen",
+    "delta_gates",
+    "embedding",
+    "forget_chosen",
+    "gated_delta_chunk",
+    "gated_delta_step",
+    "gated_rms_norm",
+    "kv_write",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+    "rotary",
+    "sigmoid_mul",
+    "swiglu",
+    "use",
+]

@@ -12,6 +12,7 @@ estimate, and the replay that names the faulty op when a proof fails.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,11 +79,12 @@ class OpSpec:
         self.implementations.sort(key=lambda i: -i.priority)
 
     def candidates(self, device_type: str) -> list[Implementation]:
-        return [i for i in self.implementations if i.device == device_type]
+        return [i for i in self.implementations if i.device in (device_type, "any")]
 
 
 REGISTRY: dict[str, OpSpec] = {}
-_policy = "auto"
+# NOTE: a context variable, not a plain global: a server's inference thread and a proof may dispatch differently at once.
+_policy: contextvars.ContextVar[str] = contextvars.ContextVar("op_policy", default="auto")
 _chosen: dict[str, str] = {}
 
 
@@ -95,7 +97,7 @@ def define(spec: OpSpec) -> OpSpec:
 
 
 def register(op: str, device: str, name: str, *, supports: Callable[..., bool] | None = None, priority: int = 0):
-    """Decorator: register a function as an implementation of `op` on `device` ("cpu", "cuda", "npu")."""
+    """Decorator: register a function as an implementation of `op` on `device` ("cpu", "cuda", "npu", or "any")."""
 
     def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
         REGISTRY[op].register(Implementation(name, device, fn, supports, priority))
@@ -107,12 +109,11 @@ def register(op: str, device: str, name: str, *, supports: Callable[..., bool] |
 @contextlib.contextmanager
 def use(policy: str) -> Iterator[None]:
     """Within the block, dispatch by `policy`: "auto" or "reference"."""
-    global _policy
-    before, _policy = _policy, policy
+    token = _policy.set(policy)
     try:
         yield
     finally:
-        _policy = before
+        _policy.reset(token)
 
 
 def chosen() -> dict[str, str]:
@@ -126,9 +127,9 @@ def forget_chosen() -> None:
 
 def dispatch(spec: OpSpec, device_type: str, args: tuple, kwargs: dict) -> Any:
     """Run the first implementation that takes these arguments, else the reference."""
-    if _policy == "auto":
+    if _policy.get() == "auto":
         for impl in spec.implementations:
-            if impl.device == device_type and (impl.supports is None or impl.supports(*args, **kwargs)):
+            if impl.device in (device_type, "any") and (impl.supports is None or impl.supports(*args, **kwargs)):
                 _chosen[f"{spec.name}/{device_type}"] = impl.name
                 return impl.fn(*args, **kwargs)
     _chosen[f"{spec.name}/{device_type}"] = "reference"
