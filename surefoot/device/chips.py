@@ -1,0 +1,95 @@
+"""Chips as data: what a chip can do, each number with its source. None (or a missing key) means unknown, never zero.
+
+Code asks for capabilities and never for names; the only place that looks at a chip's name or SoC number is `find`.
+Units: FLOP/s (dense, a multiply-add counts 2), bytes/s, tokens. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+ALL_DTYPES = ("float32", "bfloat16", "float16")
+NO_BF16 = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a device can do. The engine sizes itself by this.
+
+    dtypes: model dtypes it computes in.
+    block_size: default tokens per KV page.  block_alignment: a page size must be a multiple of this.
+    graph: kind of captured graph ("cuda", "npu"), None where steps always run eagerly.
+    peak_flops: dense peak by dtype name.  memory_bandwidth: bytes/s.  source: where those two come from.
+    """
+
+    dtypes: tuple[str, ...] = ALL_DTYPES
+    block_size: int = 16
+    block_alignment: int = 1
+    graph: str | None = None
+    peak_flops: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    memory_bandwidth: float | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One row: CUDA matches by a part of the device name, NPU by a range of SoC numbers (both ends included)."""
+
+    name: str
+    device: str
+    match_name: str | None = None
+    match_soc: tuple[int, int] | None = None
+    dtypes: tuple[str, ...] = ALL_DTYPES
+    peak_flops: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    memory_bandwidth: float | None = None
+    source: str = ""
+
+    def matches(self, device: str, name: str, soc: int | None) -> bool:
+        if device != self.device:
+            return False
+        if self.match_soc is not None:
+            return soc is not None and self.match_soc[0] <= soc <= self.match_soc[1]
+        return self.match_name is not None and self.match_name.lower() in name.lower()
+
+
+_SOC = "SoC numbers and bf16 support: torch_npu 2.13.0 (SocVersion); peaks: Huawei publishes none for the bare chip"
+
+CHIPS: tuple[Chip, ...] = (
+    Chip(
+        "NVIDIA H200 (SXM)",
+        "cuda",
+        match_name="H200",
+        peak_flops={"bfloat16": 989e12, "float16": 989e12, "float32": 67e12, "int8": 1979e12},
+        memory_bandwidth=4.8e12,
+        source="NVIDIA H200 datasheet, without sparsity",
+    ),
+    Chip(
+        "NVIDIA H100 (SXM)",
+        "cuda",
+        match_name="H100 80GB HBM3",
+        peak_flops={"bfloat16": 989e12, "float16": 989e12, "float32": 67e12, "int8": 1979e12},
+        memory_bandwidth=3.35e12,
+        source="NVIDIA H100 datasheet, without sparsity",
+    ),
+    Chip(
+        "NVIDIA A100 80 GB (SXM)",
+        "cuda",
+        match_name="A100-SXM4-80GB",
+        peak_flops={"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12, "int8": 624e12},
+        memory_bandwidth=2.039e12,
+        source="NVIDIA A100 datasheet, without sparsity",
+    ),
+    Chip("Ascend 910A", "npu", match_soc=(100, 104), dtypes=NO_BF16, source=_SOC),
+    Chip("Ascend 310P", "npu", match_soc=(200, 205), dtypes=NO_BF16, source=_SOC),
+    Chip("Ascend 910B (A2)", "npu", match_soc=(220, 225), source=_SOC),
+    Chip("Ascend 310B", "npu", match_soc=(240, 243), dtypes=NO_BF16, source=_SOC),
+    Chip("Ascend 910_93 (A3)", "npu", match_soc=(250, 256), source=_SOC),
+    Chip("Ascend 950", "npu", match_soc=(260, 260), source=_SOC),
+)
+
+
+def find(device: str, name: str = "", soc: int | None = None) -> Chip | None:
+    """The row of a chip, or None for a chip that nobody has entered yet."""
+    return next((chip for chip in CHIPS if chip.matches(device, name, soc)), None)

@@ -1,0 +1,98 @@
+"""NVIDIA GPUs through torch.cuda."""
+
+from __future__ import annotations
+
+from surefoot.core.errors import DeviceError
+from surefoot.device.base import Device, Timer
+from surefoot.device.chips import ALL_DTYPES, NO_BF16, Capabilities, find
+
+
+def count() -> int:
+    """Number of GPUs that torch can use; 0 where torch has no CUDA or there is no driver."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def why_absent() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        return f"the installed torch {torch.__version__} has no CUDA: install a CUDA build of torch"
+    return "torch finds no NVIDIA GPU: check nvidia-smi"
+
+
+class CudaTimer(Timer):
+    """Times by two events on the current stream, so that only the device's own work counts."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._begin_event = torch.cuda.Event(enable_timing=True)
+        self._end_event = torch.cuda.Event(enable_timing=True)
+
+    def __enter__(self) -> Timer:
+        self._begin_event.record()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._end_event.record()
+
+    @property
+    def seconds(self) -> float:
+        self._end_event.synchronize()
+        return self._begin_event.elapsed_time(self._end_event) / 1000
+
+
+class CudaDevice(Device):
+    type = "cuda"
+
+    def __init__(self, index: int = 0) -> None:
+        super().__init__(index)
+        if count() <= index:
+            raise DeviceError(why_absent() if count() == 0 else f"there is no {self}")
+        self.capabilities = self._capabilities()
+
+    def _capabilities(self) -> Capabilities:
+        import torch
+
+        chip = find("cuda", self.name())
+        bf16 = torch.cuda.get_device_capability(self.index) >= (8, 0)
+        return Capabilities(
+            dtypes=ALL_DTYPES if bf16 else NO_BF16,
+            peak_flops=chip.peak_flops if chip else {},
+            memory_bandwidth=chip.memory_bandwidth if chip else None,
+            source=chip.source if chip else None,
+        )
+
+    def name(self) -> str:
+        import torch
+
+        return torch.cuda.get_device_name(self.index)
+
+    def memory(self) -> tuple[int, int]:
+        import torch
+
+        free, total = torch.cuda.mem_get_info(self.index)
+        # Memory that torch keeps cached but does not use is free for us too.
+        cached = torch.cuda.memory_reserved(self.index) - torch.cuda.memory_allocated(self.index)
+        return free + cached, total
+
+    def synchronize(self) -> None:
+        import torch
+
+        torch.cuda.synchronize(self.index)
+
+    def seed(self, n: int) -> None:
+        import torch
+
+        with torch.cuda.device(self.index):
+            torch.cuda.manual_seed(n)
+
+    def empty_cache(self) -> None:
+        import torch
+
+        torch.cuda.empty_cache()
+
+    def timer(self) -> Timer:
+        return CudaTimer()
