@@ -60,7 +60,7 @@ def _conv(x, weight, bias, state, slots, query_start_loc, query_lens_host):
     return out
 
 
-def _cost(x, weight, bias, state, slots, *_):
+def _cost(x, weight, bias, state, slots, query_start_loc=None, query_lens_host=None):
     per_slot = state[0].numel() * state.element_size()
     return Cost(2.0 * x.numel() * weight.shape[1], 2 * nbytes(x) + nbytes(weight, bias) + 2 * slots.numel() * per_slot)
 

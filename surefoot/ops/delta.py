@@ -20,8 +20,8 @@ L2_EPS = 1e-6
 
 
 def delta_gates(a: torch.Tensor, b: torch.Tensor, a_log: torch.Tensor, dt_bias: torch.Tensor):
-    """Decay and rate per token and value head, both fp32 [T, Hv]: g = -exp(A_log) softplus(a + dt_bias) <= 0 (log of the
-    decay) and beta = sigmoid(b). a, b: [T, Hv] projections; a_log, dt_bias: [Hv]."""
+    """Decay and rate per token and value head, both fp32 [T, Hv]: g = -exp(A_log) softplus(a + dt_bias) <= 0 (the log
+    of the decay) and beta = sigmoid(b). a, b: [T, Hv] projections; a_log, dt_bias: [Hv]."""
     return dispatch(DELTA_GATES, a.device.type, (a, b, a_log, dt_bias), {})
 
 
@@ -96,7 +96,7 @@ def _chunk(q, k, v, g, beta, state, slots, query_start_loc, query_lens_host):
     return out
 
 
-def _cost(q, k, v, g, beta, state, slots, *_):
+def _cost(q, k, v, g, beta, state, slots, query_start_loc=None, query_lens_host=None):
     tokens, heads, dv = v.shape
     dk = q.shape[-1]
     # Decay, read, correct, query: 1 + 2 + 2 + 2 operations per state element and token.

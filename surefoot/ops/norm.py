@@ -17,7 +17,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float):
-    """Return (rms_norm(x + residual), x + residual); the sum is rounded to x's dtype first, as the unfused pair does."""
+    """Return (rms_norm(x + residual), x + residual); the sum is rounded to x's dtype, as when unfused."""
     return dispatch(ADD_RMS_NORM, x.device.type, (x, residual, weight, eps), {})
 
 

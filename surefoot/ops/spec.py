@@ -83,7 +83,7 @@ class OpSpec:
 
 
 REGISTRY: dict[str, OpSpec] = {}
-# NOTE: a context variable, not a plain global: a server's inference thread and a proof may dispatch differently at once.
+# NOTE: a context variable, not a plain global: two threads may dispatch by different policies at once.
 _policy: contextvars.ContextVar[str] = contextvars.ContextVar("op_policy", default="auto")
 _chosen: dict[str, str] = {}
 
