@@ -1,0 +1,168 @@
+"""Fill a model that was built on the meta device from a checkpoint (`random_weights`: without one).
+
+Loading is strict: each tensor of the checkpoint is used or matches one of `model.ignored`, each parameter and
+persistent buffer of the model is filled, shapes agree; otherwise one error lists all that is wrong, nothing is loaded.
+
+Memory: parameters are ordinary memory in the dtype they are held in, read straight from the file or, where the dtype or
+the device differs, through a buffer of 16 MB. The peak is the weights as held plus that buffer.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from surefoot.core.errors import ModelError
+from surefoot.weights.assign import LoadReport, Progress, held_dtype, place, tensor_slots, tie
+from surefoot.weights.checkpoint import CHUNK_BYTES, Checkpoint
+from surefoot.weights.header import TensorInfo
+from surefoot.weights.messages import some
+from surefoot.weights.random_init import random_weights
+
+__all__ = ["LoadReport", "Progress", "load_weights", "random_weights"]
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Plan:
+    """Which checkpoint tensor fills which model tensor; tied aliases that the file holds although it need not."""
+
+    sources: dict[str, str]
+    aliases: dict[str, str]
+    ignored: dict[str, int]
+
+
+def load_weights(
+    model: Any,
+    checkpoint: Checkpoint,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> LoadReport:
+    """Fill `model` from `checkpoint`. `dtype` is the default; `model.param_dtype` may hold some tensors otherwise."""
+    started = time.monotonic()
+    plan = match(model, checkpoint)
+    report = LoadReport(used=len(plan.sources) + len(plan.aliases), ignored=plan.ignored)
+    slots = tensor_slots(model)
+    places = {source: name for name, source in plan.sources.items()}
+    total = sum(checkpoint.info(source).nbytes for source in places) or 1
+    buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+    done = 0
+    for source, info in checkpoint.names().items():  # order on disk: sequential reading
+        if source not in places:
+            continue
+        name = places[source]
+        tensor = torch.empty(info.shape, dtype=held_dtype(model, name, slots[name], dtype), device=device)
+        _read(checkpoint, source, tensor, buffer)
+        place(model, name, tensor)
+        report.bytes += tensor.nbytes
+        done += info.nbytes
+        if progress:
+            progress("loading weights", done / total)
+    for alias, name in plan.aliases.items():
+        _check_equal(checkpoint, alias, name, model, buffer)
+    tie(model)
+    model.finalize()
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def match(model: Any, checkpoint: Checkpoint) -> Plan:
+    """Pair the tensors of file and model, or raise one error that lists all that is wrong."""
+    tensors, slots = checkpoint.names(), tensor_slots(model)
+    _refuse_quantised(checkpoint)
+    plan = Plan({}, {}, {})
+    missing = []
+    for name in slots:
+        if name in model.tied:
+            continue
+        # A tied pair is stored once, normally under the embedding's name.
+        names = [name, *(alias for alias, source in model.tied.items() if source == name)]
+        stored = [n for n in names if n in tensors]
+        if not stored:
+            missing.append(name)
+            continue
+        plan.sources[name] = stored[0]
+        plan.aliases.update((alias, name) for alias in stored[1:])
+    taken = {*plan.sources.values(), *plan.aliases}
+    unexpected = []
+    for name in tensors:
+        if name not in taken:
+            pattern = next((p for p in model.ignored if re.match(p, name)), None)
+            if pattern is None:
+                unexpected.append(name)
+            else:
+                plan.ignored[pattern] = plan.ignored.get(pattern, 0) + 1
+    pairs = {
+        source: slots[name] for name, source in (*plan.sources.items(), *((n, a) for a, n in plan.aliases.items()))
+    }
+    misshapen = [
+        f"{source} (file {list(tensors[source].shape)}, model {list(slot.shape)})"
+        for source, slot in pairs.items()
+        if tensors[source].shape != tuple(slot.shape)
+    ]
+    _complain(checkpoint, missing, unexpected, misshapen)
+    _refuse_dtypes(checkpoint, {source: (tensors[source], slot) for source, slot in pairs.items()})
+    return plan
+
+
+def _complain(checkpoint: Checkpoint, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
+    kinds = ((missing, "missing"), (unexpected, "unexpected"), (misshapen, "of another shape"))
+    wrong = [f"{len(names)} {what}: {some(names)}" for names, what in kinds if names]
+    if not wrong:
+        return
+    hint = "config.json and weight files must belong together"
+    if missing == ["lm_head.weight"] and not unexpected and not misshapen:
+        hint = 'if the model ties it to the embedding, config.json must say "tie_word_embeddings": true'
+    raise ModelError(f"the weights in {checkpoint.folder} do not fit the model; tensors {'; '.join(wrong)} ({hint})")
+
+
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    for config in (checkpoint.config, checkpoint.config.get("text_config")):
+        quantisation = config.get("quantization_config") if isinstance(config, dict) else None
+        if quantisation:
+            method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else "?"
+            raise ModelError(
+                f"{checkpoint.folder} is quantised (quant_method {method!r}), which is not supported yet: "
+                "use the BF16, F16 or F32 version of the model"
+            )
+
+
+def _refuse_dtypes(checkpoint: Checkpoint, pairs: dict[str, tuple[TensorInfo, torch.Tensor]]) -> None:
+    bad = [
+        f"{source} ({str(info.dtype).removeprefix('torch.')})"
+        for source, (info, slot) in pairs.items()
+        if info.dtype != slot.dtype and not (info.dtype in FLOATS and slot.is_floating_point())
+    ]
+    if bad:
+        raise ModelError(
+            f"{len(bad)} tensors in {checkpoint.folder} have a dtype that cannot be used here: {some(bad)}; "
+            "use the BF16, F16 or F32 version of the model"
+        )
+
+
+def _read(checkpoint: Checkpoint, source: str, tensor: torch.Tensor, buffer: torch.Tensor) -> None:
+    if tensor.device.type == "cpu" and tensor.dtype == checkpoint.info(source).dtype:
+        checkpoint.read_into(source, tensor)
+        return
+    flat = tensor.view(-1)
+    for begin, piece in checkpoint.chunks(source, buffer):
+        flat[begin : begin + piece.numel()].copy_(piece)
+
+
+def _check_equal(checkpoint: Checkpoint, alias: str, name: str, model: nn.Module, buffer: torch.Tensor) -> None:
+    """A tensor that is stored although it is tied must be the same, else the file contradicts the config."""
+    held = model.get_parameter(name).detach().view(-1)
+    for begin, piece in checkpoint.chunks(alias, buffer):
+        ours = held[begin : begin + piece.numel()].cpu()
+        if not torch.equal(ours.view(torch.uint8), piece.to(ours.dtype).view(torch.uint8)):
+            raise ModelError(
+                f"{checkpoint.folder}: config.json ties {alias} to {name}, but the file holds two different tensors; "
+                'if the file is right, set "tie_word_embeddings": false in config.json'
+            )

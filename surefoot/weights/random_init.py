@@ -1,0 +1,88 @@
+"""Random weights at a model's true shapes: run any config without a weights file.
+
+A parameter depends on (seed, its name) only: not on the order, the device, the number of threads, or the dtype it is
+held in (numbers are drawn in fp32 on the CPU and then rounded), so two engines given the same seed hold the same model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from surefoot.weights.assign import LoadReport, Progress, held_dtype, place, tensor_slots, tie
+
+BUFFER_ELEMENTS = 4 << 20
+SMALL_ELEMENTS = 64 << 10
+
+
+def random_weights(
+    model: Any,
+    seed: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> LoadReport:
+    """Fill `model` through `model.init_weight(name, tensor, generator)`.
+
+    NOTE: a tensor of more than 64 Ki elements is handed to `init_weight` in slices along its first dimension, one after
+    the other with the same generator; what `init_weight` does must not depend on how many rows it sees.
+    """
+    started = time.monotonic()
+    slots = {name: slot for name, slot in tensor_slots(model).items() if name not in model.tied}
+    total = sum(slot.numel() for slot in slots.values()) or 1
+    report = LoadReport(used=len(slots))
+    done = 0
+    # Drawing is single-threaded inside torch, tensors are independent; the largest first, so that none is left over.
+    order = sorted(slots, key=lambda name: -slots[name].numel())
+    workers = min(8, torch.get_num_threads())
+    buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
+    for _ in range(workers):
+        buffers.put(torch.empty(BUFFER_ELEMENTS))
+
+    def fill(name: str) -> tuple[str, torch.Tensor]:
+        buffer = buffers.get()
+        try:
+            tensor = torch.empty(slots[name].shape, dtype=held_dtype(model, name, slots[name], dtype), device=device)
+            _draw(model, name, tensor, seed, buffer)
+            return name, tensor
+        finally:
+            buffers.put(buffer)
+
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        for future in as_completed([pool.submit(fill, name) for name in order]):
+            name, tensor = future.result()
+            place(model, name, tensor)
+            report.bytes += tensor.nbytes
+            done += tensor.numel()
+            if progress:
+                progress("drawing random weights", done / total)
+    tie(model)
+    model.finalize()
+    report.seconds = time.monotonic() - started
+    return report
+
+
+@torch.no_grad()
+def _draw(model: Any, name: str, tensor: torch.Tensor, seed: int, buffer: torch.Tensor) -> None:
+    """Fill one tensor, as many rows at a time as fit into `buffer`; integers and what is small in one go."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    if not tensor.is_floating_point() or tensor.numel() <= SMALL_ELEMENTS:
+        scratch = torch.empty(tensor.shape, dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        model.init_weight(name, scratch, generator)
+        tensor.copy_(scratch)
+        return
+    row = tensor[0].numel()
+    rows = max(1, buffer.numel() // row)
+    if row > buffer.numel():
+        buffer = torch.empty(row)
+    for begin in range(0, tensor.shape[0], rows):
+        part = tensor[begin : begin + rows]
+        scratch = buffer[: part.numel()].view(part.shape)
+        model.init_weight(name, scratch, generator)
+        part.copy_(scratch)
