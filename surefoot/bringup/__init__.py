@@ -1,0 +1,1 @@
+"""Bringing a device up: today the selftest; it stands above the engine and the backends."""
