@@ -6,6 +6,7 @@ import enum
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from surefoot.core.errors import InputError
 from surefoot.core.sampling import SamplingParams
@@ -23,8 +24,9 @@ class Request:
     """One sequence to extend (or, with `score=True`, to score and return).
 
     The scheduler owns `status`, `num_computed_tokens`, `num_cached_tokens`, `block_ids` and `state_slot`;
-    the engine appends to `output_token_ids`. `num_computed_tokens` counts the tokens whose KV and recurrent state
-    are in the cache; after preemption it falls back to 0 and prompt plus output are computed again.
+    the engine appends to `output_token_ids`; `sampler_state` is the sampler's. `num_computed_tokens` counts the tokens
+    whose KV and recurrent state are in the cache; after preemption it falls back to 0 and prompt plus output are
+    computed again.
     """
 
     request_id: str
@@ -45,6 +47,7 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)
     state_slot: int | None = None
     first_token_time: float | None = None
+    sampler_state: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
