@@ -77,7 +77,7 @@ QWEN = Recipe(
     eos="<|im_end|>",
     eod="<|endoftext|>",
     template=QWEN_TEMPLATE,
-    steps=1700,
+    steps=1100,
     batch_tokens=1024,
     lr=2e-3,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -33,6 +34,7 @@ DEFAULT_OUT = Path(__file__).resolve().parents[2] / "surefoot" / "canaries"
 def build_model(recipe: Recipe, config: dict) -> nn.Module:
     """A freshly initialised model in float32."""
     torch.manual_seed(SEED)
+    config = copy.deepcopy(config)  # the configuration classes add keys to the dictionaries they are given
     if recipe is LLAMA:
         return LlamaForCausalLM(LlamaConfig(**{**config, "torch_dtype": "float32"})).float()
     model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**config, "dtype": "float32"})).float()
