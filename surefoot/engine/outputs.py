@@ -10,7 +10,7 @@ what a reader of single characters would do, so the way the text is cut into tok
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -102,17 +102,12 @@ class OutputProcessor:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def push(
-        self,
-        token_id: int,
-        logprob: TokenLogprob | None = None,
-        prompt_logprobs: list[TokenLogprob | None] | None = None,
-    ) -> RequestOutput:
-        """Take the next token. Token id -1 (no valid logits) finishes the request with "error"."""
+    def process(self, token_id: int, logprob: TokenLogprob | None = None) -> RequestOutput:
+        """Take the next token. Token id -1 (there were no valid logits) finishes the request with "error"."""
         if self.finished:
             raise RuntimeError(f"request {self.request.request_id} got a token after it had finished")
         if token_id < 0:
-            return self.finish("error", prompt_logprobs)
+            return self._end("error")
         self.num_output_tokens += 1
         may_stop = self.num_output_tokens > self.params.min_tokens
         if may_stop and token_id in self.eos_token_ids:
@@ -121,19 +116,25 @@ class OutputProcessor:
             self.finish_reason, self.stop_reason = "stop", token_id
         elif self.num_output_tokens >= self.max_output_tokens:
             self.finish_reason = "length"
-        text = self._advance(token_id, may_stop)
-        output = self._output(text, prompt_logprobs)
+        output = self._output(self._advance(token_id, may_stop))
         output.token_ids = [token_id]
         if self.params.logprobs is not None and logprob is not None:
             output.logprobs = [replace(logprob, top=logprob.top[: self.params.logprobs])]
         return output
 
-    def finish(self, reason: str, prompt_logprobs: list[TokenLogprob | None] | None = None) -> RequestOutput:
-        """End the request from outside ("abort", "error") and give out the text that was held back."""
-        self.finish_reason, self.stop_reason = reason, None
-        text = self.stream.flush() if self.stream else ""
-        final, _ = self.stops.push(text, may_stop=False)
-        return self._output(final + self.stops.flush(), prompt_logprobs)
+    def abort(self) -> RequestOutput:
+        """The caller does not want more."""
+        return self._end("abort")
+
+    def scored(self) -> RequestOutput:
+        """A request that was only to be scored is through."""
+        return self._end("stop")
+
+    def _end(self, reason: str) -> RequestOutput:
+        """Finish without a new token; text that was held back is given out."""
+        self.finish_reason = reason
+        text, _ = self.stops.push(self.stream.flush() if self.stream else "", may_stop=False)
+        return self._output(text + self.stops.flush())
 
     def _advance(self, token_id: int, may_stop: bool) -> str:
         """Decode one token; returns the text that is final now. A complete stop string overrides every other end."""
@@ -150,12 +151,11 @@ class OutputProcessor:
             text += self.stops.flush()
         return text
 
-    def _output(self, text: str, prompt_logprobs: list[TokenLogprob | None] | None) -> RequestOutput:
+    def _output(self, text: str) -> RequestOutput:
         request = self.request
         return RequestOutput(
             request_id=request.request_id,
             text=text,
-            prompt_logprobs=prompt_logprobs,
             finished=self.finished,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
@@ -166,25 +166,32 @@ class OutputProcessor:
 
 
 class Accumulator:
-    """Collects the `RequestOutput`s of one request into a `Completion`. Times count from its construction."""
+    """Collects the `RequestOutput`s of one request into a `Completion`. Times count from `started` (monotonic clock)."""
 
-    def __init__(
-        self, request_id: str, prompt_token_ids: list[int], clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.clock, self.start = clock, clock()
-        self.completion = Completion(request_id, prompt_token_ids, token_ids=[], text="", finish_reason=None)
+    def __init__(self, request_id: str, prompt_token_ids: list[int], started: float | None = None) -> None:
+        self.started = time.monotonic() if started is None else started
+        self.finished = False
+        self._texts: list[str] = []
+        self._completion = Completion(request_id, prompt_token_ids, token_ids=[], text="", finish_reason=None)
 
     def add(self, output: RequestOutput) -> None:
-        done = self.completion
-        if done.ttft_s is None and output.token_ids:
-            done.ttft_s = self.clock() - self.start
-        done.token_ids.extend(output.token_ids)
-        done.text += output.text
+        so_far = self._completion
+        if so_far.ttft_s is None and output.token_ids:
+            so_far.ttft_s = time.monotonic() - self.started
+        self._texts.append(output.text)
+        so_far.token_ids += output.token_ids
         if output.logprobs is not None:
-            done.logprobs = (done.logprobs or []) + output.logprobs
+            so_far.logprobs = so_far.logprobs or []
+            so_far.logprobs += output.logprobs
         if output.prompt_logprobs is not None:
-            done.prompt_logprobs = output.prompt_logprobs
-        done.num_cached_tokens = output.num_cached_tokens
+            so_far.prompt_logprobs = output.prompt_logprobs
+        so_far.num_cached_tokens = output.num_cached_tokens
         if output.finished:
-            done.finish_reason, done.stop_reason = output.finish_reason, output.stop_reason
-            done.latency_s = self.clock() - self.start
+            self.finished = True
+            so_far.finish_reason, so_far.stop_reason = output.finish_reason, output.stop_reason
+            so_far.latency_s = time.monotonic() - self.started
+
+    def completion(self) -> Completion:
+        """What has come so far; complete once `finished`."""
+        self._completion.text = "".join(self._texts)
+        return self._completion
