@@ -23,11 +23,9 @@ def info(model: Model, as_json: Json = False, *, config: EngineConfig) -> None:
       surefoot info DIR --device cuda --max-model-len 8192 --json
       surefoot info DIR --random-weights 0             # a folder with only a config.json
     """
-    from surefoot.cli.progress import Progress
-    from surefoot.engine.engine import Engine
+    from surefoot.cli.load import load_engine
 
-    with Progress() as progress:
-        facts = Engine.load(model, config, progress).info.as_dict()
+    facts = load_engine(model, config).info.as_dict()
     if as_json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return

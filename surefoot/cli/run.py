@@ -56,6 +56,7 @@ def run(
     Each line of --prompts is {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]} or
     {"prompt_token_ids": [...]}, with an optional "id" and sampling fields ("max_tokens": 10, ...) of its own.
     """
+    from surefoot.cli.load import load_engine
     from surefoot.run import ask, batch, chat
 
     style = ask.Style.parse(system=system, raw=raw, chat_template_kwargs=chat_template_kwargs)
@@ -63,25 +64,14 @@ def run(
         if prompt is not None:
             raise InputError("give either a PROMPT or --prompts FILE, not both")
         job = batch.read(prompts, params, output)
-        batch.run(_load(model, config), job, style)
+        batch.run(load_engine(model, config), job, style)
         return
     if output is not None:
         raise InputError("-o belongs to --prompts FILE; one answer goes to stdout")
     if prompt is None and not sys.stdin.isatty():
         prompt = ask.read_stdin()
     if prompt is None:
-        chat.run(_load(model, config), params, style)
+        chat.run(load_engine(model, config), params, style)
     else:
         ask.check_prompt(prompt)
-        ask.run(_load(model, config), prompt, params, style)
-
-
-def _load(model: str, config: EngineConfig):
-    from surefoot.cli.progress import Progress
-    from surefoot.engine.engine import Engine
-
-    with Progress() as progress:
-        engine = Engine.load(model, config, progress)
-    for note in engine.info.notes:
-        print(f"note: {note}", file=sys.stderr)
-    return engine
+        ask.run(load_engine(model, config), prompt, params, style)

@@ -19,8 +19,7 @@ def serve(model: Model, *, config: EngineConfig, settings: ServeSettings) -> Non
       curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"model": "canary-qwen3.5", "messages": [{"role": "user", "content": "What is the capital of France?"}]}'
     """
-    from surefoot.cli.progress import Progress
+    from surefoot.cli.load import load_engine
     from surefoot.serve.main import run_server
 
-    with Progress() as progress:
-        run_server(model, config, settings, progress)
+    run_server(lambda: load_engine(model, config), settings)

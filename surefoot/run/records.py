@@ -34,7 +34,7 @@ class Record:
 
 
 def parse(line: str, where: str, number: int, defaults: SamplingParams) -> Record:
-    """The record of one line. `where` is "file:line" and begins every complaint; `number` stands in for an absent id."""
+    """The record of one line. `where` is "file:line" and begins every complaint; `number` replaces an absent id."""
     try:
         data = json.loads(line)
     except ValueError as error:

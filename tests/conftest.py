@@ -1,0 +1,25 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+from cli_fakes import FakeEngine
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    """A fake engine behind `Engine.load`; `engine.loads` collects what it was asked for."""
+    fake = FakeEngine()
+    fake.loads = []
+
+    def load(model, config, progress=None):
+        fake.loads.append((model, config))
+        return fake
+
+    module = types.ModuleType("surefoot.engine.engine")
+    module.Engine = types.SimpleNamespace(load=load)
+    monkeypatch.setitem(sys.modules, "surefoot.engine.engine", module)
+    return fake
