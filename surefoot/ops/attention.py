@@ -32,7 +32,7 @@ def paged_attention(
     """Causal attention of each request's new tokens over all of its cached tokens (the new ones already written).
 
     q: [T, H, D] packed; k_cache, v_cache: [num_blocks, block_size, Hk, D] with H a multiple of Hk (head h reads KV
-    head h // (H / Hk)); block_table: [N, max_blocks]; query_start_loc: [N + 1]; seq_lens: [N]; the lists are host copies.
+    head h // (H / Hk)); block_table: [N, max_blocks]; query_start_loc: [N + 1]; seq_lens: [N]; the lists: host copies.
     The last query of request i sits at position seq_lens[i] - 1. Returns [T, H, D].
     """
     args = (q, k_cache, v_cache, block_table, query_start_loc, seq_lens, query_lens_host, seq_lens_host, scale)

@@ -1,0 +1,170 @@
+"""From a model reference and settings to a running engine: resolve, read, build, fill, plan, allocate."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Callable
+
+import torch
+
+from surefoot.cache.pages import BlockPool
+from surefoot.cache.plan import CachePlan, plan
+from surefoot.cache.states import StatePool
+from surefoot.core.config import EngineConfig, EngineInfo
+from surefoot.core.errors import InputError, ModelError
+from surefoot.core.request import Request
+from surefoot.device import Device, get_device
+from surefoot.engine.engine import Engine
+from surefoot.engine.runner import Runner
+from surefoot.engine.scheduler import Scheduler
+from surefoot.models.base import CausalLM
+from surefoot.models.registry import build
+from surefoot.weights.checkpoint import Checkpoint
+from surefoot.weights.hub import resolve
+from surefoot.weights.load import LoadReport, load_weights, random_weights
+from surefoot.weights.tokenizer import Tokenizer
+
+Progress = Callable[[str, float | None], None]
+
+# Share of the free memory that the cache may take unless told otherwise. A CPU's memory belongs to others too.
+CACHE_SHARE = {"cpu": 0.25}
+DEFAULT_CACHE_SHARE = 0.85
+
+
+def load_engine(model_ref: str, config: EngineConfig, progress: Progress | None = None) -> Engine:
+    """See `Engine.load`."""
+    device = get_device(config.device)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    folder = resolve(model_ref, progress=progress)
+    checkpoint = Checkpoint(folder)
+    model = build(checkpoint.config)
+    dtype, note = device.resolve_dtype(config.dtype, checkpoint_dtype(checkpoint.config))
+    notes = [note] if note else []
+    if config.random_weights is not None:
+        report = random_weights(model, config.random_weights, device.torch_device, dtype, progress)
+        notes.append(f"random weights, seed {config.random_weights}: the text is meaningless")
+    else:
+        report = load_weights(model, checkpoint, device.torch_device, dtype, progress)
+    tokenizer = Tokenizer.try_load(folder)
+    if tokenizer is None:
+        notes.append("no tokenizer in the model folder: token ids only")
+    block_size = choose_block_size(config, device)
+    cache = plan_cache(model, config, device, dtype, block_size)
+    runner = Runner(model, cache, block_size=block_size, dtype=dtype, device=device.torch_device, ops_policy=config.ops)
+    scheduler, caching = make_scheduler(model, cache, config, block_size)
+    info = describe(model_ref, model, device, dtype, report, cache, config, block_size, caching, notes + cache.notes)
+    eos = tokenizer.eos_token_ids if tokenizer is not None else eos_of(checkpoint.config)
+    return Engine(runner, scheduler, config, info, tokenizer, eos)
+
+
+def checkpoint_dtype(config: dict) -> torch.dtype:
+    """The dtype that a config.json names; fp32 if it names none."""
+    name = config.get("dtype") or config.get("torch_dtype")
+    if name is None and isinstance(config.get("text_config"), dict):
+        return checkpoint_dtype(config["text_config"])
+    dtype = getattr(torch, str(name or "float32").removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ModelError(f"config.json: unknown dtype {name!r}; pass --dtype")
+    return dtype
+
+
+def eos_of(config: dict) -> frozenset[int]:
+    """End-of-sequence ids of a config without a tokenizer."""
+    eos = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
+    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def choose_block_size(config: EngineConfig, device: Device) -> int:
+    block_size = config.block_size or device.capabilities.block_size
+    alignment = device.capabilities.block_alignment
+    if block_size % alignment:
+        raise InputError(f"block_size {block_size} must be a multiple of {alignment} on {device}")
+    return block_size
+
+
+def plan_cache(model: CausalLM, config: EngineConfig, device: Device, dtype: torch.dtype, block_size: int) -> CachePlan:
+    free, _ = device.memory()
+    checkpoints = config.num_state_checkpoints if config.enable_prefix_caching else 0
+    return plan(
+        model.state_specs(),
+        dtype_bytes=dtype.itemsize,
+        max_model_len=config.max_model_len,
+        model_max_len=model.max_position_embeddings,
+        max_num_seqs=config.max_num_seqs,
+        block_size=block_size,
+        kv_cache_tokens=config.kv_cache_tokens,
+        num_checkpoints=checkpoints,
+        budget_bytes=int(free * CACHE_SHARE.get(device.type, DEFAULT_CACHE_SHARE)),
+    )
+
+
+def make_scheduler(model: CausalLM, cache: CachePlan, config: EngineConfig, block_size: int) -> tuple[Scheduler, str]:
+    """The scheduler, and a line that says what prefix caching does."""
+    states = StatePool(cache.num_slots - 1, cache.num_checkpoints) if cache.num_slots else None
+    rope = model.rotary.config
+
+    def cacheable(request: Request, end: int) -> bool:
+        # NOTE: beyond the trained length, keys under a length-dependent rope differ from prompt to prompt.
+        return max(end, request.num_prompt_tokens) <= rope.max_position_embeddings
+
+    scheduler = Scheduler(
+        BlockPool(cache.num_blocks, block_size, config.enable_prefix_caching),
+        states,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=cache.max_model_len,
+        prefill_chunk_size=config.prefill_chunk_size,
+        cacheable=cacheable if rope.depends_on_length else None,
+    )
+    if not config.enable_prefix_caching:
+        return scheduler, "off"
+    if states is None:
+        return scheduler, "on"
+    if not cache.num_checkpoints:
+        return scheduler, "off: a recurrent state can only be reused from checkpoints, and there are none"
+    return scheduler, f"on, from {cache.num_checkpoints} checkpoints of the recurrent state"
+
+
+def describe(
+    model_ref: str,
+    model: CausalLM,
+    device: Device,
+    dtype: torch.dtype,
+    report: LoadReport,
+    cache: CachePlan,
+    config: EngineConfig,
+    block_size: int,
+    caching: str,
+    notes: list[str],
+) -> EngineInfo:
+    return EngineInfo(
+        model=model_ref,
+        architecture=model.architecture,
+        device=str(device),
+        device_name=device.name(),
+        dtype=str(dtype).removeprefix("torch."),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        weight_bytes=report.bytes,
+        max_model_len=cache.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=block_size,
+        num_blocks=cache.num_blocks,
+        kv_cache_bytes=cache.kv_bytes,
+        state_bytes=cache.state_bytes,
+        prefix_caching=caching,
+        notes=notes,
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("surefoot", "torch", "transformers", "tokenizers", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
