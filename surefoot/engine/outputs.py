@@ -166,7 +166,7 @@ class OutputProcessor:
 
 
 class Accumulator:
-    """Collects the `RequestOutput`s of one request into a `Completion`. Times count from `started` (monotonic clock)."""
+    """Collects the `RequestOutput`s of one request into a `Completion`. Times count from `started` (monotonic)."""
 
     def __init__(self, request_id: str, prompt_token_ids: list[int], started: float | None = None) -> None:
         self.started = time.monotonic() if started is None else started
