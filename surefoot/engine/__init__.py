@@ -1,1 +1,1 @@
-
+"""From requests to tokens: schedule, build inputs, run, sample, commit."""

@@ -1,1 +1,1 @@
-
+"""Implementations of ops for CPUs, registered when this package is imported."""

@@ -1,0 +1,61 @@
+# make demo    a virtual environment, the package, and two small models answering: start here
+# make test    the same environment plus developer tools: lint, types, all tests
+# make lint    ruff and mypy only          make tree    refresh the file trees in the READMEs
+# make clean   remove the environment and everything built
+#
+# PYTHON  which Python makes the environment (3.10 or newer)
+# VENV    where the environment is; point it at an existing one to use that
+# TORCH   what pip installs first, e.g. a CPU-only build:  TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+#         or for Ascend (CANN installed):                  TORCH="torch==2.9.0 torch-npu==2.9.0.post2"
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.surefoot-installed
+DEVELOPER := $(VENV)/.surefoot-dev
+BUILD_FILES := pyproject.toml $(wildcard setup.py)
+
+.PHONY: help demo test lint tree clean install dev
+
+help:
+	@sed -n '1,/^PYTHON/{/^#/p}' Makefile | sed 's/^# \{0,1\}//'
+
+demo: $(INSTALLED)
+	@tools/demo.sh $(BIN)
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(DEVELOPER)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+tree:
+	$(PYTHON) tools/readme_tree.py
+
+install: $(INSTALLED)
+
+dev: $(DEVELOPER)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Surefoot needs Python 3.10 or newer; name one with: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes in first and the build is not isolated: an extension is then compiled against the torch that will run it.
+$(INSTALLED): $(BUILD_FILES) | $(BIN)/python
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q "setuptools>=77" wheel
+	$(BIN)/python -m pip install -q --no-build-isolation -e .
+	@touch $@
+
+$(DEVELOPER): $(INSTALLED)
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find surefoot tests tools -name __pycache__ -prune -exec rm -rf {} +
