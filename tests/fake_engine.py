@@ -85,6 +85,7 @@ class FakeEngine:
         self.cancelled: list[str] = []
         self.added: list[tuple[str, SamplingParams]] = []
         self.running: dict[str, _Running] = {}
+        self._ended: list[RequestOutput] = []
         self._prefixes: set[tuple[int, ...]] = set()
         self.info = EngineInfo(
             model="fake",
@@ -134,9 +135,10 @@ class FakeEngine:
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
         del self.running[request_id]
+        self._ended.append(RequestOutput(request_id, finished=True, finish_reason="abort"))
 
     def has_unfinished(self) -> bool:
-        return bool(self.running)
+        return bool(self.running or self._ended)
 
     def step(self) -> list[RequestOutput]:
         self.steps += 1
@@ -144,7 +146,8 @@ class FakeEngine:
             raise RuntimeError("the device fell over")
         if self.step_delay:
             time.sleep(self.step_delay)
-        return [self._advance(r) for r in itertools.islice(list(self.running.values()), self.max_num_seqs)]
+        ended, self._ended = self._ended, []
+        return ended + [self._advance(r) for r in itertools.islice(list(self.running.values()), self.max_num_seqs)]
 
     def _next_token(self, r: _Running) -> int:
         i = len(r.output)
