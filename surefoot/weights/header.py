@@ -16,6 +16,7 @@ import torch
 
 from surefoot.core.errors import ModelError
 from surefoot.weights.jsonfile import parse_json_object
+from surefoot.weights.messages import one_line
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 DTYPES: dict[str, torch.dtype] = {
@@ -67,13 +68,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     header.pop("__metadata__", None)
     start = 8 + length
     tensors = {name: _tensor_info(name, entry, path, start) for name, entry in header.items()}
-    return _check_layout(
-        dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes))), path, start, size
-    )
+    in_order = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes))
+    return _check_layout(dict(in_order), path, start, size)
 
 
 def _damaged(path: Path, what: str) -> ModelError:
-    return ModelError(f"{path} is {what}; fetch it again")
+    return ModelError(f"{path} is {one_line(what)}; fetch it again")
 
 
 def _header_length(first: bytes, path: Path, size: int) -> int:
@@ -86,9 +86,7 @@ def _header_length(first: bytes, path: Path, size: int) -> int:
     if size < 8 or length > MAX_HEADER_BYTES or length < 2:
         raise _damaged(path, f"not a safetensors file (its header length reads {length})")
     if 8 + length > size:
-        raise ModelError(
-            f"{path} is truncated: its header needs {8 + length:,} bytes, the file has {size:,}; fetch it again"
-        )
+        raise _damaged(path, f"truncated: its header needs {8 + length:,} bytes, the file has {size:,}")
     return length
 
 
@@ -96,14 +94,14 @@ def _tensor_info(name: str, entry: Any, path: Path, start: int) -> TensorInfo:
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         well_formed = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
+        well_formed = well_formed and isinstance(kind, str)
     except (TypeError, KeyError, ValueError):
         well_formed = False
     if not well_formed:
         raise _damaged(path, f"damaged: its header entry for {name} makes no sense")
     if kind not in DTYPES:
-        raise ModelError(
-            f"{path}: tensor {name} has dtype {kind!r}, which cannot be read; use a BF16, F16 or F32 checkpoint"
-        )
+        shown = one_line(f"{path}: tensor {name} has unknown dtype {kind!r}")
+        raise ModelError(f"{shown}; use the BF16, F16 or F32 version of the model")
     dtype = DTYPES[kind]
     if math.prod(shape) * dtype.itemsize != end - begin:
         shown = f"{name} of shape {list(shape)} and dtype {kind}"
@@ -116,14 +114,10 @@ def _check_layout(tensors: dict[str, TensorInfo], path: Path, start: int, size: 
     expected = start
     for name, info in tensors.items():
         if info.offset != expected:
-            raise ModelError(
-                f"{path} is damaged: the data of {name} overlaps another tensor or leaves a hole; fetch it again"
-            )
+            raise _damaged(path, f"damaged: the data of {name} overlaps another tensor or leaves a hole")
         expected += info.nbytes
     if size < expected:
         raise _damaged(path, f"truncated: it should have {expected:,} bytes and has {size:,}")
     if size > expected:
-        raise ModelError(
-            f"{path} is damaged: it has {size - expected:,} bytes more than its header says; fetch it again"
-        )
+        raise _damaged(path, f"damaged: it has {size - expected:,} bytes more than its header says")
     return tensors

@@ -17,6 +17,8 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
         raise ModelError(
             f"{where} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; fetch the file again"
         ) from None
+    except ValueError as error:  # e.g. a number of more digits than Python takes
+        raise ModelError(f"{where} cannot be read: {error}; fetch the file again") from None
     except RecursionError:
         raise ModelError(f"{where} is nested too deeply to be read: fetch the file again") from None
     if not isinstance(value, dict):

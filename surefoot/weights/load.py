@@ -33,9 +33,12 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class Plan:
     """Which checkpoint tensor fills which model tensor; tied aliases that the file holds although it need not."""
 
-    sources: dict[str, str]
-    aliases: dict[str, str]
+    sources: dict[str, str]  # checkpoint tensor -> model tensor
+    aliases: dict[str, str]  # checkpoint tensor -> model tensor that it must equal
     ignored: dict[str, int]
+
+    def targets(self) -> dict[str, str]:
+        return {**self.sources, **self.aliases}
 
 
 def load_weights(
@@ -48,16 +51,15 @@ def load_weights(
     """Fill `model` from `checkpoint`. `dtype` is the default; `model.param_dtype` may hold some tensors otherwise."""
     started = time.monotonic()
     plan = match(model, checkpoint)
-    report = LoadReport(used=len(plan.sources) + len(plan.aliases), ignored=plan.ignored)
+    report = LoadReport(used=len(plan.targets()), ignored=plan.ignored)
     slots = tensor_slots(model)
-    places = {source: name for name, source in plan.sources.items()}
-    total = sum(checkpoint.info(source).nbytes for source in places) or 1
+    total = sum(checkpoint.info(source).nbytes for source in plan.sources) or 1
     buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
     done = 0
     for source, info in checkpoint.names().items():  # order on disk: sequential reading
-        if source not in places:
+        name = plan.sources.get(source)
+        if name is None:
             continue
-        name = places[source]
         tensor = torch.empty(info.shape, dtype=held_dtype(model, name, slots[name], dtype), device=device)
         _read(checkpoint, source, tensor, buffer)
         place(model, name, tensor)
@@ -88,27 +90,23 @@ def match(model: Any, checkpoint: Checkpoint) -> Plan:
         if not stored:
             missing.append(name)
             continue
-        plan.sources[name] = stored[0]
+        plan.sources[stored[0]] = name
         plan.aliases.update((alias, name) for alias in stored[1:])
-    taken = {*plan.sources.values(), *plan.aliases}
     unexpected = []
-    for name in tensors:
-        if name not in taken:
-            pattern = next((p for p in model.ignored if re.match(p, name)), None)
-            if pattern is None:
-                unexpected.append(name)
-            else:
-                plan.ignored[pattern] = plan.ignored.get(pattern, 0) + 1
-    pairs = {
-        source: slots[name] for name, source in (*plan.sources.items(), *((n, a) for a, n in plan.aliases.items()))
-    }
+    for name in tensors.keys() - plan.targets().keys():
+        pattern = next((p for p in model.ignored if re.match(p, name)), None)
+        if pattern is None:
+            unexpected.append(name)
+        else:
+            plan.ignored[pattern] = plan.ignored.get(pattern, 0) + 1
+    pairs = {source: (tensors[source], slots[name]) for source, name in plan.targets().items()}
     misshapen = [
-        f"{source} (file {list(tensors[source].shape)}, model {list(slot.shape)})"
-        for source, slot in pairs.items()
-        if tensors[source].shape != tuple(slot.shape)
+        f"{source} (file {list(info.shape)}, model {list(slot.shape)})"
+        for source, (info, slot) in pairs.items()
+        if info.shape != tuple(slot.shape)
     ]
-    _complain(checkpoint, missing, unexpected, misshapen)
-    _refuse_dtypes(checkpoint, {source: (tensors[source], slot) for source, slot in pairs.items()})
+    _complain(checkpoint, missing, sorted(unexpected), misshapen)
+    _refuse_dtypes(checkpoint, pairs)
     return plan
 
 

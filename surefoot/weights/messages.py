@@ -14,4 +14,4 @@ def one_line(text: object, limit: int = 300) -> str:
 def some(items: Sequence[str], limit: int = 5) -> str:
     """The first few of a list, and how many more there are."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+    return ", ".join(one_line(item, 150) for item in items[:limit]) + more
