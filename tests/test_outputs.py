@@ -167,6 +167,8 @@ def test_min_tokens() -> None:
     p = processor([b"a", b"b", b"c"], min_tokens=2, stop=("b", "ab", "bc"), stop_token_ids=(1,))
     text, outputs = run(p, [1, 2, 3])
     assert (text, p.stop_reason, len(outputs)) == ("a", "bc", 3), "begun early, complete after two tokens"
+    p = processor([b"b"], min_tokens=1, stop=("b", "xyz"))
+    assert p.process(1).text == "b", "passed over, so nothing is held back"
     p = processor([b"a"], min_tokens=2)
     assert len(run(p, [EOS, EOS, EOS])[1]) == 3, "eos cannot end the first two tokens"
 

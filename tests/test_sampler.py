@@ -219,6 +219,15 @@ def test_greedy_and_random_rows_share_a_batch() -> None:
     assert torch.equal(run(logits, *rows).token_ids, logits.argmax(-1))
 
 
+@pytest.mark.parametrize("top_k", [50, 1100])
+def test_a_neighbour_with_top_p_takes_nothing_from_a_row_without(top_k: int, monkeypatch) -> None:
+    """Its least likely tokens weigh less than the rounding of the sum, and are kept all the same."""
+    logits = random_logits(2, v=2000, scale=8.0)
+    rows = [request(temperature=1.0, top_k=top_k), request(temperature=1.0, top_k=top_k, top_p=0.5)]
+    weights = weights_after_filters(monkeypatch, logits, *rows)
+    assert (weights > 0).sum(-1)[0] == top_k and (weights > 0).sum(-1)[1] < top_k
+
+
 def test_without_seed_requests_differ_and_each_keeps_its_own() -> None:
     logits = torch.zeros(8, 10_000)
     rows = [request(seed=None, temperature=1.0) for _ in range(8)]
