@@ -25,7 +25,8 @@ GARBAGE = -1
 
 @dataclass(frozen=True)
 class Setup:
-    """One engine: its sizes. Tokens from `shared_length` on mean something else in each request (None: never)."""
+    """One engine: its sizes. Tokens from `shared_length` on, and whole prompts longer than that, mean something else in
+    each request, like keys under a length-dependent rope (None: there is no such limit)."""
 
     hybrid: bool = False
     block_size: int = 2
@@ -50,7 +51,7 @@ class Setup:
             num_checkpoints=rng.choice([0, 1, 2, 4]),
             caching=rng.random() < 0.8,
             max_model_len=rng.randint(4, 24),
-            shared_length=rng.choice([None, None, 3, 6]),
+            shared_length=rng.choice([None, None, 4, 8]),
         )
 
 
@@ -69,7 +70,7 @@ class World:
             max_num_batched_tokens=setup.budget,
             max_model_len=setup.max_model_len,
             prefill_chunk_size=setup.chunk,
-            cacheable=None if limit is None else lambda request, end: end <= limit,
+            cacheable=None if limit is None else lambda request, end: max(end, request.num_prompt_tokens) <= limit,
         )
         self.kv = [[GARBAGE] * setup.block_size for _ in range(setup.num_blocks)]
         self.state = [GARBAGE] * (self.states.num_rows if self.states else 1)
@@ -83,7 +84,8 @@ class World:
         """What the cache must hold for each of these tokens of this request."""
         values, value, limit = [], ZERO, self.setup.shared_length
         for position, token in enumerate(tokens):
-            private = 0 if limit is None or position < limit else 1 + self.serial[request]
+            shared = limit is None or max(position + 1, request.num_prompt_tokens) <= limit
+            private = 0 if shared else 1 + self.serial[request]
             value = hash((value, token, private, 12345)) & 0xFFFFFFFF
             values.append(value)
         return values
@@ -155,6 +157,7 @@ class World:
         assert not self.scheduler.has_unfinished() and not self.live, "requests do not come to an end"
         assert not self.scheduler.schedule().items
         assert self.pool.num_free == self.pool.num_usable
+        assert not self.scheduler.waiting and not self.scheduler.running and not self.scheduler._checkpoint_ends
         if self.states:
             assert self.states.num_free == self.states.num_slots
             spare = copy.deepcopy(self.states)

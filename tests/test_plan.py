@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surefoot.cache.plan import (
@@ -133,6 +133,7 @@ layers = st.lists(
 )
 
 
+@settings(deadline=None, max_examples=300)
 @given(
     specs=layers,
     budget=st.integers(0, 20_000),
@@ -166,23 +167,33 @@ def test_every_plan_fits_and_every_refusal_is_right(specs, budget, **config):
 
 
 def follow_the_advice(message: str, attempt) -> None:
-    """Do what an error line says; that may lead to another refusal, but to a different one."""
-    advice = {
-        name: int(n) for name, n in re.findall(r"lower (?:.* and )?(max_num_seqs|max_model_len) to (\d+)", message)
-    }
-    if (n := re.search(r"and num_state_checkpoints to (\d+)", message)) is not None:
-        advice["num_checkpoints"] = int(n[1])
-    if (n := re.search(r"(max_model_len|kv_cache_tokens) .*holds (\d+) tokens", message)) is not None:
-        advice[n[1]] = int(n[2])
-    if (n := re.search(r"exceeds the model's (\d+)", message)) is not None:
-        advice["max_model_len"] = int(n[1])
-    if not advice:
-        assert "free memory" in message
-        return
-    try:
-        attempt(**advice)
-    except CapacityError as error:
-        assert str(error).split()[0] != message.split()[0], f"{message!r} led to {str(error)!r}"
+    """Doing what the error lines say leads to a plan, after one line for each setting that was too large."""
+    config: dict[str, int] = {}
+    for _ in range(5):
+        if "free memory" in message:
+            return
+        advice = read_advice(message)
+        assert advice and all(config.get(name) != value for name, value in advice.items()), message
+        config |= advice
+        try:
+            attempt(**config)
+        except CapacityError as error:
+            message = str(error)
+        else:
+            return
+    raise AssertionError(f"the advice does not lead to a plan: {message}")
+
+
+def read_advice(message: str) -> dict[str, int]:
+    names = r"(max_num_seqs|num_state_checkpoints|max_model_len)"
+    found = {name: int(n) for name, n in re.findall(rf"(?:lower|and) {names} to (\d+)", message)}
+    for pattern in (r"(max_model_len|kv_cache_tokens) .*holds (\d+) tokens", r"(max_model_len) .*model's (\d+)"):
+        found |= {name: int(n) for name, n in re.findall(pattern, message)}
+    if "num_state_checkpoints" in found:
+        found["num_checkpoints"] = found.pop("num_state_checkpoints")
+    if "or lower max_model_len" in message:
+        found = {"max_model_len": found["max_model_len"]}
+    return found
 
 
 @pytest.mark.parametrize(

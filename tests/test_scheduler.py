@@ -428,12 +428,23 @@ class LeaksCheckpointRows(Scheduler):
         super().advance(step)
 
 
-class TakesWhatIsShared(Scheduler):
-    """Does not ask `cacheable` at all."""
+class SharesWhatIsPrivate(Scheduler):
+    """Does not ask `cacheable` when it registers blocks."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._cacheable = lambda request, end: True
+    def _register(self, item):
+        ask, self._cacheable = self._cacheable, lambda request, end: True
+        super()._register(item)
+        self._cacheable = ask
+
+
+class TakesWhatIsShared(Scheduler):
+    """Does not ask `cacheable` when it looks for blocks."""
+
+    def _match(self, request):
+        ask, self._cacheable = self._cacheable, lambda request, end: True
+        found = super()._match(request)
+        self._cacheable = ask
+        return found
 
 
 class SkipsPromptLogits(Scheduler):
@@ -460,6 +471,7 @@ FAULTS = [
     QueuesPreemptedLast,
     LeaksPages,
     LeaksCheckpointRows,
+    SharesWhatIsPrivate,
     TakesWhatIsShared,
     SkipsPromptLogits,
 ]
