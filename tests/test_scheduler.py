@@ -6,6 +6,10 @@ rule of the scheduler or of its pools, and the same runs that pass without it mu
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -237,6 +241,11 @@ def test_wrong_use_is_an_error_not_a_hang():
         s.advance(schedule)
     with pytest.raises(RuntimeError, match="nothing to compute"):
         s.schedule()
+
+
+def test_host_logic_does_not_import_torch():
+    code = "import sys, surefoot.engine.scheduler, surefoot.cache.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 
 # ---- random use
