@@ -84,7 +84,7 @@ def line(error: pytest.ExceptionInfo[SurefootError]) -> str:
     return message
 
 
-relaxed = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+relaxed = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -141,7 +141,8 @@ def test_encode_and_decode_agree_with_transformers(tokenizer_of, name, special):
         ids = tokenizer.encode(text, add_special_tokens=special)
         assert ids == tokenizer.hf(text, add_special_tokens=special)["input_ids"]
         for skip in (True, False):
-            assert tokenizer.decode(ids, skip) == tokenizer.hf.decode(ids, skip_special_tokens=skip)
+            theirs = tokenizer.hf.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+            assert tokenizer.decode(ids, skip) == theirs
 
 
 @pytest.mark.parametrize("name", ALL)

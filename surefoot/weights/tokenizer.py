@@ -76,7 +76,6 @@ class Tokenizer:
                     local_files_only=True,
                     use_fast=True,
                     trust_remote_code=False,
-                    clean_up_tokenization_spaces=False,  # would drop spaces before punctuation: decode(encode(x)) != x
                 )
             except Exception as error:  # the libraries raise whatever they like
                 for name in ("tokenizer_config.json", "tokenizer.json"):
@@ -107,6 +106,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         if self._backend is not None:
             return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        # The "clean-up" of old configs drops spaces before punctuation: decode(encode(text)) would not be text.
         return self.hf.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
     def stream(self, skip_special_tokens: bool = True) -> DecodeStream:
