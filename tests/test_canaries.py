@@ -78,6 +78,8 @@ def loaded():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     cache: dict = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # such small models gain nothing from more, and lose much on a busy machine
 
     def load(name: str):
         if name not in cache:
@@ -89,7 +91,8 @@ def loaded():
             cache[name] = tok, model.eval()
         return cache[name]
 
-    return load
+    yield load
+    torch.set_num_threads(threads)
 
 
 def _encode(tok, name: str, item: dict) -> tuple[list[int], list[int]]:
@@ -105,7 +108,7 @@ def _encode(tok, name: str, item: dict) -> tuple[list[int], list[int]]:
 
 def test_folder_is_complete_and_small(name):
     files = {file.name: file.stat().st_size for file in canaries.path(name).iterdir()}
-    assert set(files) == FILES
+    assert set(files) >= FILES
     assert sum(files.values()) <= MAX_BYTES
 
 
