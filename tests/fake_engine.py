@@ -30,6 +30,9 @@ class ByteTokenizer:
     vocab_size = 256 + len(SPECIALS)
     eos_token_ids = frozenset({EOS})
 
+    def __init__(self, generation_defaults: dict | None = None):
+        self.generation_defaults = generation_defaults or {}
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids = [BOS] if add_special_tokens else []
         for part in re.split("(" + "|".join(map(re.escape, SPECIALS)) + ")", text):
@@ -45,9 +48,13 @@ class ByteTokenizer:
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool = True, **kwargs: object) -> str:
         if messages[0]["role"] == "assistant":
-            raise ValueError("conversations must start with a user")
-        text = "".join(f"<|{m['role']}|>{m['content']}" for m in messages)
+            raise InputError("conversations must start with a user")
+        text = "".join(f"<|{m['role']}|>{_flat(m.get('content'))}" for m in messages)
         return "<bos>" + str(kwargs.get("preamble", "")) + text + ("<|assistant|>" if add_generation_prompt else "")
+
+
+def _flat(content: object) -> str:
+    return "\n".join(part["text"] for part in content) if isinstance(content, list) else str(content or "")
 
 
 @dataclass
@@ -73,10 +80,9 @@ class FakeEngine:
         max_num_seqs: int = 64,
         generation_config: dict | None = None,
     ):
-        self.tokenizer: ByteTokenizer | None = ByteTokenizer()
+        self.tokenizer: ByteTokenizer | None = ByteTokenizer(generation_config)
         self.vocab_size = ByteTokenizer.vocab_size
         self.max_model_len = max_model_len
-        self.generation_config = generation_config or {}
         self.step_delay = step_delay
         self.fail_at_step = fail_at_step
         self.num_blocks = num_blocks

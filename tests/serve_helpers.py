@@ -32,8 +32,8 @@ class Served:
 def serving(engine: Any, settings: ServeSettings | None = None) -> Iterator[Served]:
     settings = replace(settings or ServeSettings(), port=0)
     listener = bind(settings.host, settings.port)
-    worker = EngineWorker(lambda: engine, settings.max_inflight)
-    worker.start()
+    worker = EngineWorker(engine if callable(engine) else lambda: engine, settings.max_inflight)
+    engine = worker.start()
     server = DrainingServer(worker, settings)
     started = threading.Event()
     server.on_started = started.set

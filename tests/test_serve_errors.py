@@ -101,6 +101,8 @@ BAD_FIELDS = [
     (CHAT, {"response_format": {"type": "json_schema"}}, "response_format", "not supported"),
     (CHAT, {"reasoning_effort": "high"}, "reasoning_effort", "not supported"),
     (CHAT, {"prompt": "hi"}, "prompt", "unknown field"),
+    (CHAT, {"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs", "chat_template"),
+    ("/tokenize", {"messages": USER, "chat_template_kwargs": {"self": 1}}, "chat_template_kwargs", "self"),
     ("/tokenize", {"prompt": 5}, "prompt", "valid string"),
     ("/detokenize", {"tokens": [10**6]}, "tokens", "does not exist"),
     ("/detokenize", {"tokens": "abc"}, "tokens", "valid list"),
@@ -186,7 +188,7 @@ def test_a_bug_is_500_and_not_the_end(served, caplog):
 
 
 def test_client_exceptions(served):
-    with openai.OpenAI(base_url=served.base_url + "/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(base_url=served.base_url + "/v1", api_key="none", max_retries=0, timeout=30) as client:
         with pytest.raises(openai.BadRequestError) as bad:
             client.completions.create(model="fake", prompt="hi", temperature=-1)
         assert bad.value.param == "temperature"
@@ -219,7 +221,7 @@ def test_api_key():
             headers = {b"Authorization": b"Bearer " + key.encode()}
             assert httpx.post(served.base_url + PLAIN, headers=headers, **post).status_code == 200
         with pytest.raises(openai.AuthenticationError):
-            openai.OpenAI(base_url=served.base_url + "/v1", api_key="no", max_retries=0).models.list()
+            openai.OpenAI(base_url=served.base_url + "/v1", api_key="no", max_retries=0, timeout=30).models.list()
         assert openai.OpenAI(base_url=served.base_url + "/v1", api_key="secret").models.list().data
 
 

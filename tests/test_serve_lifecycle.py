@@ -115,7 +115,7 @@ def test_engine_that_dies():
     with serving(FakeEngine(step_delay=0.01, fail_at_step=10)) as served:
         with ThreadPoolExecutor(2) as pool:
             whole = pool.submit(httpx.post, served.base_url + PLAIN, json=LONG, timeout=20)
-            with openai.OpenAI(base_url=served.base_url + "/v1", api_key="none", max_retries=0) as client:
+            with openai.OpenAI(base_url=served.base_url + "/v1", api_key="none", max_retries=0, timeout=30) as client:
                 stream = client.chat.completions.create(
                     model="fake", messages=[{"role": "user", "content": "hi"}], stream=True
                 )

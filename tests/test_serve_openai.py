@@ -25,7 +25,7 @@ def served():
 
 @pytest.fixture(scope="module")
 def client(served: Served):
-    with openai.OpenAI(base_url=served.base_url + "/v1", api_key="none", max_retries=0) as c:
+    with openai.OpenAI(base_url=served.base_url + "/v1", api_key="none", max_retries=0, timeout=30) as c:
         yield c
 
 
@@ -363,7 +363,9 @@ def test_async_client_and_32_streams(served):
         return "".join([c.choices[0].delta.content or "" async for c in stream])
 
     async def run() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=served.base_url + "/v1", api_key="none", max_retries=0) as client:
+        async with openai.AsyncOpenAI(
+            base_url=served.base_url + "/v1", api_key="none", max_retries=0, timeout=30
+        ) as client:
             return await asyncio.gather(*(one(client, i) for i in range(32)))
 
     assert asyncio.run(run()) == [f"You said: no. {i}. 你好🙂" for i in range(32)]

@@ -17,16 +17,19 @@ LLAMA = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 4096
 
 def test_sampling_defaults():
     openai = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    assert sampling_defaults("openai", LLAMA) == openai
-    assert sampling_defaults("model", None) == sampling_defaults("model", {}) == openai
-    assert sampling_defaults("model", LLAMA) == openai | {"temperature": 0.6, "top_p": 0.9}
+    assert sampling_defaults("openai", ByteTokenizer(LLAMA)) == openai
+    assert sampling_defaults("model", None) == sampling_defaults("model", ByteTokenizer()) == openai
+    assert sampling_defaults("model", ByteTokenizer(LLAMA)) == openai | {"temperature": 0.6, "top_p": 0.9}
     greedy = {"do_sample": False, "temperature": 0.6, "top_k": 3, "repetition_penalty": 1.05}
-    assert sampling_defaults("model", greedy) == openai | {"temperature": 0.0, "repetition_penalty": 1.05}
+    assert sampling_defaults("model", ByteTokenizer(greedy)) == openai | {
+        "temperature": 0.0,
+        "repetition_penalty": 1.05,
+    }
 
 
 def params_of(**fields) -> SamplingParams:
     body = validate(CompletionRequest, {"prompt": "hi", **fields})
-    return sampling_params(body, sampling_defaults("model", LLAMA), 2, 100, 50)
+    return sampling_params(body, sampling_defaults("model", ByteTokenizer(LLAMA)), 2, 100, 50)
 
 
 def test_request_wins_over_defaults():

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from surefoot.core.errors import SurefootError
+from surefoot.core.errors import InputError
 from surefoot.serve.errors import ApiError
 from surefoot.serve.logprobs import Pieces
 from surefoot.serve.protocol import ChatFields
@@ -36,12 +36,10 @@ class Frontend:
         self.settings = settings
         self.names = settings.served_model_names or (worker.engine.info.model,)
         self.created = int(time.time())
-        self.defaults = sampling_defaults(
-            settings.generation_defaults, getattr(worker.engine, "generation_config", None)
-        )
+        self.defaults = sampling_defaults(settings.generation_defaults, worker.engine.tokenizer)
         self.pieces = Pieces(worker.engine.tokenizer)
-        # NOTE: one thread, because a fast tokenizer raises "Already borrowed" when two threads encode at once.
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
+        # two, so that one long prompt does not hold up the short ones
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
 
     @property
     def engine(self) -> EngineLike:
@@ -96,11 +94,8 @@ class Frontend:
         add_generation_prompt = body.add_generation_prompt is not False
         try:
             text = tokenizer.render_chat(messages, add_generation_prompt, **(body.chat_template_kwargs or {}))
-        except SurefootError:
-            raise
-        except Exception as error:
-            # a template is a program of the model's author: whatever it raises is about these messages
-            raise ApiError(f"the chat template refused the messages: {error}", param="messages") from error
+        except InputError as error:
+            raise ApiError(str(error), param="messages") from None
         ids = tokenizer.encode(text, add_special_tokens=bool(add_special_tokens))
         if not ids:
             raise ApiError("the prompt is empty: the chat template rendered nothing", param="messages")

@@ -32,6 +32,8 @@ class Pieces:
             text = data.decode("utf-8")
         except UnicodeDecodeError:
             text = "bytes:" + "".join(f"\\x{b:02x}" for b in data)
+        if not data:  # an id beyond the tokenizer's vocabulary: the model's matrix is padded
+            text = f"token_id:{token_id}"
         hidden = self._tokenizer.decode([token_id], skip_special_tokens=True) == ""
         return text, data, hidden
 
@@ -59,7 +61,7 @@ class Offsets:
         """Offset of the token; with `known_text` (an echoed prompt) special tokens count only if they stand in it."""
         start = self.position
         if self._pieces.is_special(token_id):
-            text = self._pieces.text(token_id)
+            text = self._pieces.bytes_of(token_id).decode("utf-8", "replace")
             shown = not self._skip if known_text is None else known_text.startswith(text, start)
             self.position += len(text) if shown else 0
         else:

@@ -109,7 +109,7 @@ def start_line(engine: EngineLike, settings: ServeSettings, listener: socket.soc
     """One line: where, what, and the settings in effect."""
     info = engine.info
     name = (settings.served_model_names or (info.model,))[0]
-    defaults = sampling_defaults(settings.generation_defaults, getattr(engine, "generation_config", None))
+    defaults = sampling_defaults(settings.generation_defaults, engine.tokenizer)
     facts = {
         "device": info.device,
         "dtype": info.dtype,

@@ -62,6 +62,25 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "cache_salt": (),
 }
 
+# Names in chat_template_kwargs that are not the template's variables but would change how it is applied.
+# NOTE: a template from a request could loop for ever (CVE-2025-61620 in vLLM).
+TEMPLATE_RESERVED = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "self",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+}
+
 INT64 = 2**63
 
 
@@ -202,10 +221,8 @@ class Message(BaseModel):
     tool_call_id: Text | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it: plain text content, tool arguments as objects."""
+        """The message as chat templates expect it: tool arguments as objects, not as JSON in a string."""
         message = self.model_dump(exclude_none=True, exclude={"refusal"})
-        if not isinstance(self.content, str):
-            message["content"] = "\n".join(part.text for part in self.content or ())
         for call in message.get("tool_calls", ()):
             function = call.get("function")
             if isinstance(function, dict) and isinstance(function.get("arguments"), str):
@@ -220,6 +237,12 @@ class ChatFields(Body):
     messages: Annotated[list[Message], Field(min_length=1)]
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_template_kwargs(self) -> ChatFields:
+        if reserved := sorted(TEMPLATE_RESERVED & set(self.chat_template_kwargs or {})):
+            raise _complaint(f"chat_template_kwargs must not hold {reserved[0]!r}", "chat_template_kwargs")
+        return self
 
 
 class ChatCompletionRequest(ChatFields, GenerationBody):

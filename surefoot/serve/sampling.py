@@ -24,12 +24,13 @@ PASSED_THROUGH = (
 )
 
 
-def sampling_defaults(policy: str, generation_config: Mapping[str, Any] | None) -> dict[str, Any]:
+def sampling_defaults(policy: str, tokenizer: Any | None) -> dict[str, Any]:
     """Sampling values for fields that a request leaves out; `policy` is a ServeSettings.generation_defaults."""
     defaults: dict[str, Any] = dict(OPENAI_DEFAULTS)
-    if policy == "model" and generation_config:
-        given = {k: generation_config[k] for k in FROM_GENERATION_CONFIG if generation_config.get(k) is not None}
-        if generation_config.get("do_sample") is False:
+    if policy == "model" and tokenizer is not None:
+        recommended = tokenizer.generation_defaults
+        given = {k: recommended[k] for k in FROM_GENERATION_CONFIG if recommended.get(k) is not None}
+        if recommended.get("do_sample") is False:
             # transformers decodes such a model greedily and ignores its temperature, top_p and top_k
             given = {k: v for k, v in given.items() if k == "repetition_penalty"} | {"temperature": 0.0}
         defaults |= given

@@ -29,11 +29,14 @@ log = logging.getLogger("surefoot.serve")
 class EngineLike(Protocol):
     """What the server needs of an engine."""
 
-    info: EngineInfo
-    tokenizer: Any
-    vocab_size: int
-    max_model_len: int
-
+    @property
+    def info(self) -> EngineInfo: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_model_len(self) -> int: ...
     def add_request(
         self, prompt_token_ids: list[int], params: SamplingParams, request_id: str | None = None
     ) -> str: ...
