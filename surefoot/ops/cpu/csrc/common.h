@@ -1,0 +1,74 @@
+// What every kernel file needs: the vectors of this instruction set, parallel loops, partial vectors, exp.
+#pragma once
+#include "kernels.h"
+#include "threads.h"
+
+#if defined(SF_AVX512)
+#include "simd_avx512.h"
+#elif defined(SF_AVX2)
+#include "simd_avx2.h"
+#elif defined(SF_NEON)
+#include "simd_neon.h"
+#else
+#include "simd_portable.h"
+#endif
+
+namespace sf {
+namespace SF_ISA {
+
+// for (i in 0 ... n - 1) body(i), on several threads if `work` (elements touched, roughly) is worth waking them for.
+template <class Body> static void parallel(long n, double work, const Body& body) {
+  if (work < 32768) {
+    for (long i = 0; i < n; ++i) body(i);
+  } else {
+    run_tasks(n, [](long i, void* b) { (*static_cast<const Body*>(b))(i); }, const_cast<Body*>(&body));
+  }
+}
+
+// Vectors of fewer than LANES elements: absent ones read as zero and are not written.
+template <class T> static inline F load_n(const T* p, long n) {
+  if (n >= LANES) return load(p);
+  T buffer[LANES] = {};
+  memcpy(buffer, p, size_t(n) * sizeof(T));
+  return load(buffer);
+}
+template <class T> static inline void store_n(T* p, F x, long n) {
+  if (n >= LANES) return store(p, x);
+  T buffer[LANES];
+  store(buffer, x);
+  memcpy(p, buffer, size_t(n) * sizeof(T));
+}
+
+// e^x to about 2 ulp; 0 below -87.3, NaN stays NaN.
+static inline F f_exp(F x) {
+  const F lowest = f_set(-87.3f);
+  const F c = f_max(lowest, f_min(f_set(88.3f), x));
+  const F n = f_round(f_mul(c, f_set(1.44269504088896341f)));
+  const F r = f_fma(n, f_set(2.12194440e-4f), f_fma(n, f_set(-0.693359375f), c));
+  F p = f_set(1.9875691500e-4f);
+  p = f_fma(p, r, f_set(1.3981999507e-3f));
+  p = f_fma(p, r, f_set(8.3334519073e-3f));
+  p = f_fma(p, r, f_set(4.1665795894e-2f));
+  p = f_fma(p, r, f_set(1.6666665459e-1f));
+  p = f_fma(p, r, f_set(5.0000001201e-1f));
+  p = f_fma(p, f_mul(r, r), f_add(r, f_set(1.0f)));
+  return f_zero_below(lowest, x, f_mul(p, f_pow2(n)));
+}
+static inline F f_sigmoid(F x) { return f_div(f_set(1.0f), f_add(f_set(1.0f), f_exp(f_sub(f_zero(), x)))); }
+static inline F f_silu(F x) { return f_div(x, f_add(f_set(1.0f), f_exp(f_sub(f_zero(), x)))); }
+
+// Calls body with a value of the C++ type that a dtype code stands for.
+template <class Body> static inline void with_type(int dtype, const Body& body) {
+  if (dtype == F32) body(float());
+  else if (dtype == BF16) body(bf16());
+  else body(f16());
+}
+
+static inline float read_any(const void* p, int dtype, long i) {
+  if (dtype == F32) return static_cast<const float*>(p)[i];
+  if (dtype == BF16) return to_float(static_cast<const bf16*>(p)[i]);
+  return to_float(static_cast<const f16*>(p)[i]);
+}
+
+}  // namespace SF_ISA
+}  // namespace sf

@@ -1,0 +1,153 @@
+// Linear layers: activations are prepared once, then tiles are spread over the threads by output channel.
+#pragma once
+#include "linear_tiles.h"
+
+namespace sf {
+namespace SF_ISA {
+
+constexpr long TASK_BYTES = 128 * 1024;  // of weights per task: they stay in a core's L2 while many tokens pass
+
+struct Finish {  // adds the bias and writes in the output's dtype
+  const Linear& job;
+  template <class T> void write(long m, long n, const float v[4]) const {
+    T* y = static_cast<T*>(job.y) + m * job.ldy + n;
+    const long count = min_l(4, job.N - n);
+    for (long j = 0; j < count; ++j) from_float(y + j, job.bias ? v[j] + read_any(job.bias, job.bias_type, n + j) : v[j]);
+  }
+  void operator()(long m, long n, const float v[4]) const {
+    if (job.xtype == F32) write<float>(m, n, v);
+    else if (job.xtype == BF16) write<bf16>(m, n, v);
+    else write<f16>(m, n, v);
+  }
+};
+
+template <class Tile, int R> static inline void one_tile(const Tiles& t, const Finish& finish, long n, long m, bool fetch) {
+  float out[R][4];
+  Tile::template run<R>(t, n, m, fetch, out);
+  for (int i = 0; i < R; ++i) finish(m + i, n, out[i]);
+}
+
+template <class Tile, int R> static void tile_of(int rows, const Tiles& t, const Finish& finish, long n, long m, bool fetch) {
+  if (rows == R) one_tile<Tile, R>(t, finish, n, m, fetch);
+  else if constexpr (R > 1) tile_of<Tile, R - 1>(rows, t, finish, n, m, fetch);
+}
+
+template <class Tile> static void multiply(const Linear& job, const Tiles& t) {
+  const Finish finish{job};
+  const long quads = ceil_div(t.N, 4), tiles = ceil_div(job.M, ROWS);
+  long per_task = max_l(1, TASK_BYTES / (4 * t.w_bytes));
+  per_task = min_l(per_task, max_l(1, ceil_div(quads, 4L * num_threads())));
+  const auto rows_from = [&](long i) { return job.M * i / tiles; };  // tiles of nearly equal height
+  parallel(ceil_div(quads, per_task), double(t.N) * double(t.K), [&](long task) {
+    const long first = task * per_task, last = min_l(quads, first + per_task);
+    const auto run = [&](long quad, long i) {
+      tile_of<Tile, ROWS>(int(rows_from(i + 1) - rows_from(i)), t, finish, 4 * quad, rows_from(i), i == 0);
+    };
+    if (job.M <= 64) {  // weights come from memory: use each four rows for all tokens while they are in L1
+      for (long quad = first; quad < last; ++quad)
+        for (long i = 0; i < tiles; ++i) run(quad, i);
+    } else {  // a tile of tokens stays in L1 and meets the task's weights in L2
+      for (long i = 0; i < tiles; ++i)
+        for (long quad = first; quad < last; ++quad) run(quad, i);
+    }
+  });
+}
+
+// x as rows of X (its own type, or widened to float), padded with zeros to a multiple of STEP; in place where possible.
+template <class X, class T> static void prepare_float(const Linear& job, long step, Tiles* t) {
+  const T* x = static_cast<const T*>(job.x);
+  if (sizeof(X) == sizeof(T) && job.K % step == 0) {
+    t->x = x;
+    t->ldx = job.ldx;
+    return;
+  }
+  const long padded = round_up(job.K, step);
+  X* rows = static_cast<X*>(scratch(ACTIVATIONS, size_t(job.M * padded) * sizeof(X)));
+  parallel(job.M, double(job.M * job.K), [&](long m) {
+    X* row = rows + m * padded;
+    if constexpr (sizeof(X) == sizeof(T)) {
+      memcpy(row, x + m * job.ldx, size_t(job.K) * sizeof(X));
+      memset(row + job.K, 0, size_t(padded - job.K) * sizeof(X));
+    } else {
+      for (long k = 0; k < padded; k += LANES) f_store(row + k, load_n(x + m * job.ldx + k, max_l(0, min_l(LANES, job.K - k))));
+    }
+  });
+  t->x = rows;
+  t->ldx = padded;
+}
+
+template <class Row> static void prepare_rows(const Linear& job, const Row& row) {
+  with_type(job.xtype, [&](auto zero) {
+    typedef decltype(zero) T;
+    parallel(job.M, double(job.M * job.K), [&](long m) { row(static_cast<const T*>(job.x) + m * job.ldx, m); });
+  });
+}
+
+static void linear_int8(const Linear& job, Tiles t) {
+  const bool wide = job.act_bits == 16;
+  t.ldx = round_up(job.K, wide ? BLOCK : 64);
+  t.blocks = wide ? ceil_div(job.K, BLOCK) : 1;
+  t.sums_per_row = 1;
+  void* rows = scratch(ACTIVATIONS, size_t(job.M * t.ldx) * (wide ? 2 : sizeof(A8)));
+  float* scales = static_cast<float*>(scratch(SCALES, size_t(job.M * t.blocks) * 4));
+  int32_t* sums = static_cast<int32_t*>(scratch(SUMS, size_t(job.M) * 4));
+  prepare_rows(job, [&](auto* x, long m) {
+    if (wide) quantise_a16(x, job.K, t.ldx, static_cast<int16_t*>(rows) + m * t.ldx, scales + m * t.blocks);
+    else quantise_a8(x, job.K, t.ldx, static_cast<A8*>(rows) + m * t.ldx, scales + m, sums + m);
+  });
+  t.x = rows;
+  t.scales = scales;
+  t.sums = sums;
+  if (wide) multiply<Int8WideTile>(job, t);
+  else multiply<Int8Tile>(job, t);
+}
+
+static void linear_int4(const Linear& job, Tiles t) {
+  t.ldx = round_up(job.K, BLOCK);
+  t.blocks = ceil_div(job.K, BLOCK);
+  t.groups = job.K / job.group;
+  t.sums_per_row = t.ldx / W4_STEP * LANES;
+  int16_t* rows = static_cast<int16_t*>(scratch(ACTIVATIONS, size_t(job.M * t.ldx) * 2));
+  float* scales = static_cast<float*>(scratch(SCALES, size_t(job.M * t.blocks) * 4));
+  int32_t* sums = static_cast<int32_t*>(scratch(SUMS, size_t(job.M * t.sums_per_row) * 4));
+  prepare_rows(job, [&](auto* x, long m) {
+    quantise_a16(x, job.K, t.ldx, rows + m * t.ldx, scales + m * t.blocks);
+    reorder_w4(rows + m * t.ldx, t.ldx, sums + m * t.sums_per_row);
+  });
+  t.x = rows;
+  t.scales = scales;
+  t.sums = sums;
+  with_type(job.scale_type, [&](auto zero) { multiply<Int4Tile<decltype(zero)>>(job, t); });
+}
+
+static void linear(const Linear& job) {
+  Tiles t{};
+  t.w = static_cast<const char*>(job.w);
+  t.N = job.N;
+  t.K = job.K;
+  t.wscale = job.wscale;
+  t.group = job.group;
+  if (job.kind == W_INT8) {
+    t.w_bytes = job.K;
+    return linear_int8(job, t);
+  }
+  if (job.kind == W_INT4) {
+    t.w_bytes = job.K / 2;
+    return linear_int4(job, t);
+  }
+  t.w_bytes = job.K * (job.xtype == F32 ? 4 : 2);
+#ifdef SF_DOT_BF16
+  if (job.xtype == BF16) {
+    prepare_float<bf16, bf16>(job, BF16_STEP, &t);
+    return multiply<DenseTile<Bf16Tile, bf16>>(job, t);
+  }
+#endif
+  with_type(job.xtype, [&](auto zero) {
+    typedef decltype(zero) T;
+    prepare_float<float, T>(job, LANES, &t);
+    multiply<DenseTile<FloatTile<T>, T>>(job, t);
+  });
+}
+
+}  // namespace SF_ISA
+}  // namespace sf

@@ -1,0 +1,241 @@
+// Tiles of the linear kernels: R tokens x 4 output channels, dot products along K with both sides row by row.
+//
+// Every output is summed in one order that depends on K alone, so a token gets the same bits in any batch.
+// Activations are padded with zeros to a multiple of the step; weights are not, and their last partial step is copied.
+#pragma once
+#include "quantise.h"
+
+namespace sf {
+namespace SF_ISA {
+
+// What the tiles see of a job: prepared activations and weight rows.
+struct Tiles {
+  const char* w; long w_bytes;            // bytes of one weight row
+  const void* x; long ldx;                // prepared activations, elements per row
+  const float* scales; long blocks;       // their scales [M, blocks]
+  const int32_t* sums; long sums_per_row;
+  const void* wscale; long groups;        // per-channel or [N, groups]
+  long N, K, group;
+};
+
+// Four weight rows from channel n on (the last one repeated at the end), walked STEP elements at a time.
+//
+// NOTE: the last partial step is copied before any accumulator is live (vector registers do not survive the call of memcpy)
+// and goes through the one loop: otherwise GCC keeps the accumulators in memory, which costs two thirds of the speed.
+template <class W, int STEP> class Rows {
+ public:
+  SF_INLINE Rows(const Tiles& t, long n, bool fetch) : whole_(t.K / STEP * STEP) {
+    SF_UNROLL for (int j = 0; j < 4; ++j) p_[j] = reinterpret_cast<const W*>(t.w + min_l(n + j, t.N - 1) * t.w_bytes);
+    // The next four rows lie right behind these: fetch each line of them while its neighbour is used.
+    ahead_ = fetch && n + 8 <= t.N ? 4 * t.w_bytes : 0;
+    if (whole_ < t.K) {
+      memset(rest_, 0, sizeof rest_);
+      for (int j = 0; j < 4; ++j) memcpy(rest_[j], p_[j] + whole_, size_t(t.K - whole_) * sizeof(W));
+    }
+  }
+
+  // body(weights, k) for each step in [k, end); behind the end of a row the weights are zero.
+  template <class Body> SF_INLINE void walk(long k, long end, const Body& body) const {
+    const W* w[4];
+    SF_UNROLL for (int j = 0; j < 4; ++j) w[j] = p_[j] + k;
+    for (; k < end; k += STEP) {
+      if (k == whole_) {
+        SF_UNROLL for (int j = 0; j < 4; ++j) w[j] = rest_[j];
+      }
+      SF_UNROLL for (int j = 0; j < 4; ++j) prefetch(reinterpret_cast<const char*>(w[j]) + ahead_);
+      body(w, k);
+      SF_UNROLL for (int j = 0; j < 4; ++j) w[j] += STEP;
+    }
+  }
+
+ private:
+  const W* p_[4];
+  long whole_, ahead_;
+  W rest_[4][STEP];
+};
+
+template <class W> struct FloatTile {  // fp32, bf16 or fp16 weights, widened; fp32 activations
+  typedef float X;
+  static constexpr int STEP = LANES;
+
+  template <int R> static SF_INLINE void step(F acc[R][4], const W* const w[4], const float* x, long ldx) {
+    F b[4];
+    SF_UNROLL for (int j = 0; j < 4; ++j) b[j] = load(w[j]);
+    SF_UNROLL for (int m = 0; m < R; ++m) {
+      const F a = f_load(x + m * ldx);
+      SF_UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = f_fma(a, b[j], acc[m][j]);
+    }
+  }
+};
+
+#ifdef SF_DOT_BF16
+struct Bf16Tile {  // bf16 weights and activations as they are
+  typedef bf16 X;
+  static constexpr int STEP = BF16_STEP;
+
+  template <int R> static SF_INLINE void step(F acc[R][4], const bf16* const w[4], const bf16* x, long ldx) {
+    I b[4];
+    SF_UNROLL for (int j = 0; j < 4; ++j) b[j] = bf16_load(w[j]);
+    SF_UNROLL for (int m = 0; m < R; ++m) {
+      const I a = bf16_load(x + m * ldx);
+      SF_UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = dot_bf16(acc[m][j], b[j], a);
+    }
+  }
+};
+#endif
+
+template <class Kind, class W> struct DenseTile {
+  template <int R> static void run(const Tiles& t, long n, long m0, bool fetch, float out[][4]) {
+    typedef typename Kind::X X;
+    constexpr int STEP = Kind::STEP;
+    const Rows<W, STEP> rows(t, n, fetch);
+    const X* x = static_cast<const X*>(t.x) + m0 * t.ldx;
+    F acc[R][4];
+    SF_UNROLL for (int m = 0; m < R; ++m)
+      SF_UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = f_zero();
+    rows.walk(0, t.K, [&](const W* const w[4], long k) SF_INLINE_LAMBDA {
+      Kind::template step<R>(acc, w, x + k, t.ldx);
+    });
+    SF_UNROLL for (int m = 0; m < R; ++m) f_hsum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3], out[m]);
+  }
+};
+
+struct Int8Tile {  // int8 weights, int8 activations: exact integers, scaled once at the end
+  template <int R> static SF_INLINE void step(I acc[R][4], const int8_t* const w[4], const A8* x, long ldx) {
+    W8 b[4];
+    SF_UNROLL for (int j = 0; j < 4; ++j) b[j] = w8_load(w[j]);
+    SF_UNROLL for (int m = 0; m < R; ++m) {
+      const auto a = a8_load(x + m * ldx);
+      SF_UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = dot_a8(acc[m][j], b[j], a);
+    }
+  }
+
+  template <int R> static void run(const Tiles& t, long n, long m0, bool fetch, float out[][4]) {
+    const Rows<int8_t, A8_STEP> rows(t, n, fetch);
+    const A8* x = static_cast<const A8*>(t.x) + m0 * t.ldx;
+    I acc[R][4];
+    SF_UNROLL for (int m = 0; m < R; ++m)
+      SF_UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = i_zero();
+    rows.walk(0, t.K, [&](const int8_t* const w[4], long k) SF_INLINE_LAMBDA {
+      step<R>(acc, w, x + k, t.ldx);
+    });
+    const float* scale = static_cast<const float*>(t.wscale);
+    SF_UNROLL for (int m = 0; m < R; ++m) {
+      int32_t sums[4];
+      i_hsum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3], sums);
+      SF_UNROLL for (int j = 0; j < 4; ++j)
+        out[m][j] = float(sums[j] - t.sums[m0 + m]) * (t.scales[m0 + m] * scale[min_l(n + j, t.N - 1)]);
+    }
+  }
+};
+
+struct Int8WideTile {  // int8 weights, int16 activations: exact integers within a block, then fp32
+  template <int R> static SF_INLINE void step(I acc[R][4], const int8_t* const w[4], const int16_t* x, long ldx) {
+    W16 b[4];
+    SF_UNROLL for (int j = 0; j < 4; ++j) b[j] = w16_load(w[j]);
+    SF_UNROLL for (int m = 0; m < R; ++m) {
+      const auto a = a16_load(x + m * ldx);
+      SF_UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = dot_a16(acc[m][j], b[j], a);
+    }
+  }
+
+  template <int R> static void run(const Tiles& t, long n, long m0, bool fetch, float out[][4]) {
+    const Rows<int8_t, A16_STEP> rows(t, n, fetch);
+    const int16_t* x = static_cast<const int16_t*>(t.x) + m0 * t.ldx;
+    F total[R][4];
+    SF_UNROLL for (int m = 0; m < R; ++m)
+      SF_UNROLL for (int j = 0; j < 4; ++j) total[m][j] = f_zero();
+    for (long b = 0; b < t.blocks; ++b) {
+      const long end = min_l(t.K, (b + 1) * BLOCK);
+      I acc[R][4];
+      SF_UNROLL for (int m = 0; m < R; ++m)
+        SF_UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = i_zero();
+      rows.walk(b * BLOCK, end, [&](const int8_t* const w[4], long k) SF_INLINE_LAMBDA {
+        step<R>(acc, w, x + k, t.ldx);
+      });
+      SF_UNROLL for (int m = 0; m < R; ++m) {
+        const F scale = f_set(t.scales[(m0 + m) * t.blocks + b]);
+        SF_UNROLL for (int j = 0; j < 4; ++j) total[m][j] = f_fma(i_to_f(acc[m][j]), scale, total[m][j]);
+      }
+    }
+    const float* scale = static_cast<const float*>(t.wscale);
+    SF_UNROLL for (int m = 0; m < R; ++m) {
+      f_hsum4(total[m][0], total[m][1], total[m][2], total[m][3], out[m]);
+      SF_UNROLL for (int j = 0; j < 4; ++j) out[m][j] *= scale[min_l(n + j, t.N - 1)];
+    }
+  }
+};
+
+template <class S> struct Int4Tile {  // int4 weights in groups of 32 or 128 n, int16 activations
+  static constexpr int C = W4_COLUMNS;
+
+  static inline F group_scales(const S* scale, long group, long step) {
+    if (group == 32) return w4_scales_32(scale + step * (W4_STEP / 32));
+    return f_set(to_float(scale[step * W4_STEP / group]));
+  }
+
+  template <int R>
+  static SF_INLINE void step(F acc[R][C], const uint8_t* const w[C], const F scale[C], const Tiles& t, long m0, long s) {
+    W16 b[C][4];
+    SF_UNROLL for (int j = 0; j < C; ++j) w4_load(w[j], b[j]);
+    SF_UNROLL for (int m = 0; m < R; ++m) {
+      const int16_t* x = static_cast<const int16_t*>(t.x) + (m0 + m) * t.ldx + s * W4_STEP;
+      decltype(a16_load(nullptr)) a[4];
+      SF_UNROLL for (int i = 0; i < 4; ++i) a[i] = a16_load(x + i * (W4_STEP / 4));
+      const I start = i_load(t.sums + (m0 + m) * t.sums_per_row + s * LANES);
+      const F x_scale = f_set(t.scales[(m0 + m) * t.blocks + s * W4_STEP / BLOCK]);
+      SF_UNROLL for (int j = 0; j < C; ++j) {
+        I sum = start;
+        SF_UNROLL for (int i = 0; i < 4; ++i) sum = dot_a16(sum, b[j][i], a[i]);
+        acc[m][j] = f_fma(i_to_f(sum), f_mul(scale[j], x_scale), acc[m][j]);
+      }
+    }
+  }
+
+  template <int R> static void run(const Tiles& t, long n, long m0, bool fetch, float out[][4]) {
+    const long steps = t.K / W4_STEP, rest = t.K % W4_STEP;
+    uint8_t last[4][W4_STEP / 2] = {};
+    S last_scales[4][W4_STEP / 32] = {};
+    const uint8_t* rows[4];
+    const S* scales[4];
+    for (int j = 0; j < 4; ++j) {
+      const long channel = min_l(n + j, t.N - 1);
+      rows[j] = reinterpret_cast<const uint8_t*>(t.w + channel * t.w_bytes);
+      scales[j] = static_cast<const S*>(t.wscale) + channel * t.groups;
+      memcpy(last[j], rows[j] + steps * (W4_STEP / 2), size_t(rest / 2));
+      memcpy(last_scales[j], scales[j] + steps * W4_STEP / t.group, size_t(ceil_div(rest, t.group)) * sizeof(S));
+    }
+    const long ahead = fetch && n + 8 <= t.N ? 4 * t.w_bytes : 0;
+    F total[R][4];
+    SF_UNROLL for (int c = 0; c < 4; c += C) {
+      F acc[R][C];
+      SF_UNROLL for (int m = 0; m < R; ++m)
+        SF_UNROLL for (int j = 0; j < C; ++j) acc[m][j] = f_zero();
+      for (long s = 0; s < steps; ++s) {
+        const uint8_t* w[C];
+        F scale[C];
+        SF_UNROLL for (int j = 0; j < C; ++j) {
+          w[j] = rows[c + j] + s * (W4_STEP / 2);
+          prefetch(w[j] + ahead);
+          scale[j] = group_scales(scales[c + j], t.group, s);
+        }
+        step<R>(acc, w, scale, t, m0, s);
+      }
+      if (rest) {
+        const uint8_t* w[C];
+        F scale[C];
+        SF_UNROLL for (int j = 0; j < C; ++j) {
+          w[j] = last[c + j];
+          scale[j] = group_scales(last_scales[c + j], t.group, 0);
+        }
+        step<R>(acc, w, scale, t, m0, steps);
+      }
+      SF_UNROLL for (int m = 0; m < R; ++m)
+        SF_UNROLL for (int j = 0; j < C; ++j) total[m][c + j] = acc[m][j];
+    }
+    SF_UNROLL for (int m = 0; m < R; ++m) f_hsum4(total[m][0], total[m][1], total[m][2], total[m][3], out[m]);
+  }
+};
+
+}  // namespace SF_ISA
+}  // namespace sf

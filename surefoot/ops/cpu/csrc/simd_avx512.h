@@ -1,0 +1,139 @@
+// 512-bit vectors: AVX512 F, BW, DQ, VL, VNNI, and BF16 where the file is compiled with it.
+#pragma once
+#include <immintrin.h>
+
+#include "types.h"
+
+namespace sf {
+namespace SF_ISA {
+
+typedef __m512 F;   // 16 floats
+typedef __m512i I;  // 16 int32
+constexpr int LANES = 16;
+
+static inline F f_zero() { return _mm512_setzero_ps(); }
+static inline F f_set(float x) { return _mm512_set1_ps(x); }
+static inline F f_load(const float* p) { return _mm512_loadu_ps(p); }
+static inline void f_store(float* p, F x) { _mm512_storeu_ps(p, x); }
+static inline F f_add(F a, F b) { return _mm512_add_ps(a, b); }
+static inline F f_sub(F a, F b) { return _mm512_sub_ps(a, b); }
+static inline F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
+static inline F f_div(F a, F b) { return _mm512_div_ps(a, b); }
+static inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+// NOTE: where an operand is NaN these return the second one.
+static inline F f_min(F a, F b) { return _mm512_min_ps(a, b); }
+static inline F f_max(F a, F b) { return _mm512_max_ps(a, b); }
+static inline F f_abs(F x) { return _mm512_abs_ps(x); }
+static inline F f_round(F x) { return _mm512_roundscale_ps(x, 8); }
+static inline F f_pow2(F n) {  // 2^n of integral n in [-126, 127]
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+static inline F f_zero_below(F limit, F x, F y) {  // y, but 0 in lanes where x < limit
+  return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), _mm512_setzero_ps());
+}
+static inline float f_hsum(F x) { return _mm512_reduce_add_ps(x); }
+static inline float f_hmax(F x) { return _mm512_reduce_max_ps(x); }
+
+static inline __m128 fold(__m512 x) {
+  const __m256 y = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+}
+static inline __m128i fold(__m512i x) {
+  const __m256i y = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+}
+// Four sums at once: interleaving before adding halves the work of four separate reductions.
+static inline void f_hsum4(F a, F b, F c, F d, float* out) {
+  const F ab = f_add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const F cd = f_add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const F lo = _mm512_shuffle_ps(ab, cd, 0x44), hi = _mm512_shuffle_ps(ab, cd, 0xee);
+  _mm_storeu_ps(out, fold(f_add(lo, hi)));
+}
+
+static inline F load(const float* p) { return f_load(p); }
+static inline F load(const bf16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+static inline F load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+static inline void store(float* p, F x) { f_store(p, x); }
+static inline void store(bf16* p, F x) {
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+}
+static inline void store(f16* p, F x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, 0)); }
+
+static inline I i_zero() { return _mm512_setzero_si512(); }
+static inline I i_load(const int32_t* p) { return _mm512_loadu_si512(p); }
+static inline F i_to_f(I x) { return _mm512_cvtepi32_ps(x); }
+static inline void i_hsum4(I a, I b, I c, I d, int32_t* out) {
+  const I ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const I cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const I lo = _mm512_unpacklo_epi64(ab, cd), hi = _mm512_unpackhi_epi64(ab, cd);
+  _mm_storeu_si128((__m128i*)out, fold(_mm512_add_epi32(lo, hi)));
+}
+// Stores round-to-nearest-even integers of x, which the caller keeps in range.
+static inline void store_rounded(int8_t* p, F x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))); }
+static inline void store_rounded(int16_t* p, F x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
+}
+
+// NOTE: as intrinsics these make GCC 12 copy every accumulator to memory and back; "+v" ties it to one register.
+#define SF_DOT(instruction, acc, w, a) __asm__(instruction " %2, %1, %0" : "+v"(acc) : "v"(w), "v"(a))
+
+// NOTE: always inline: GCC takes a function that only prefetches for one without effect and drops the calls.
+static SF_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+// int8 weights times int8 activations, 64 products a step. NOTE: vpdpbusd wants one unsigned side: the weights get 128
+// added (their top bit flipped) and the caller subtracts 128 times the sum of the row's activations. It adds into 32
+// bits without saturating.
+typedef int8_t A8;
+constexpr int A8_STEP = 64;
+constexpr int A8_OFFSET = 128;
+typedef __m512i W8;
+static inline W8 w8_load(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
+static inline I a8_load(const A8* p) { return _mm512_loadu_si512(p); }
+static inline I dot_a8(I acc, W8 w, I a) { SF_DOT("vpdpbusd", acc, w, a); return acc; }
+
+// int8 weights times int16 activations, 32 products a step.
+constexpr int A16_STEP = 32;
+typedef __m512i W16;
+static inline W16 w16_load(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+static inline I a16_load(const int16_t* p) { return _mm512_loadu_si512(p); }
+static inline I dot_a16(I acc, W16 w, I a) { SF_DOT("vpdpwssd", acc, w, a); return acc; }
+
+// int4 weights, 128 a step: nibble j of each 16 bits goes to vector j, so vector j holds elements 4i + j.
+constexpr int W4_STEP = 128;
+constexpr int W4_COLUMNS = 2;
+static inline void w4_load(const uint8_t* p, W16 w[4]) {
+  const __m512i x = _mm512_loadu_si512(p), mask = _mm512_set1_epi16(15);
+  w[0] = _mm512_and_si512(x, mask);
+  w[1] = _mm512_and_si512(_mm512_srli_epi16(x, 4), mask);
+  w[2] = _mm512_and_si512(_mm512_srli_epi16(x, 8), mask);
+  w[3] = _mm512_srli_epi16(x, 12);
+}
+static inline __m128 load4(const float* p) { return _mm_loadu_ps(p); }
+static inline __m128 load4(const bf16* p) {
+  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p)), 16));
+}
+static inline __m128 load4(const f16* p) { return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)); }
+// Lane l of a step holds elements 8l ... 8l + 7: the four scales of groups of 32, each over four lanes.
+template <class S> static inline F w4_scales_32(const S* p) {
+  const __m512i each4 = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+  return _mm512_permutexvar_ps(each4, _mm512_castps128_ps512(load4(p)));
+}
+
+#ifdef __AVX512BF16__
+// bf16 times bf16, summed in fp32, 32 products a step.
+#define SF_DOT_BF16 1
+constexpr int BF16_STEP = 32;
+static inline I bf16_load(const bf16* p) { return _mm512_loadu_si512(p); }
+static inline F dot_bf16(F acc, I w, I a) { SF_DOT("vdpbf16ps", acc, w, a); return acc; }
+#endif
+
+constexpr int ROWS = 6;  // rows of a tile of the linear kernels: 6 x 4 accumulators of 32 registers
+
+}  // namespace SF_ISA
+}  // namespace sf
