@@ -6,6 +6,7 @@ import sys
 import types
 
 import pytest
+import torch
 from cli_fakes import FakeEngine
 
 
@@ -23,3 +24,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     module.Engine = types.SimpleNamespace(load=load)
     monkeypatch.setitem(sys.modules, "surefoot.engine.engine", module)
     return fake
+
+
+# Tiny models gain nothing from a second thread, and threads that wait for each other on busy cores cost a lot.
+torch.set_num_threads(1)

@@ -68,7 +68,7 @@ CONFIGS = {
         "llama",
         {
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
-            "max_position_embeddings": 96,
+            "max_position_embeddings": 100,
         },
     ),
     "llama-rope-llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}),
@@ -83,7 +83,7 @@ CONFIGS = {
 
 
 def reference(name: str):
-    """The transformers model of a named config: fp32, eager attention, every parameter random (also norms and biases)."""
+    """The transformers model of a named config: fp32, eager attention, norms and biases random too."""
     import transformers
 
     family, changes = CONFIGS[name]
@@ -124,10 +124,12 @@ def reference_logits(model, ids: list[int]) -> torch.Tensor:
 @torch.no_grad()
 def reference_greedy(model, ids: list[int], count: int) -> list[int]:
     """Greedy continuation with transformers' own cache, one plain forward a token."""
+    # NOTE: transformers' cache cannot tell its length when every layer is linear attention.
+    cached = "full_attention" in getattr(model.config, "layer_types", ["full_attention"])
     out, cache, feed = [], None, torch.tensor([ids])
     for _ in range(count):
-        result = model(feed, past_key_values=cache, use_cache=True)
+        result = model(feed, past_key_values=cache, use_cache=cached)
         cache = result.past_key_values
         out.append(int(result.logits[0, -1].argmax()))
-        feed = torch.tensor([[out[-1]]])
+        feed = torch.tensor([[out[-1]] if cached else ids + out])
     return out

@@ -19,7 +19,7 @@ from surefoot.core.sampling import SamplingParams
 class Capture:
     """Teacher-forced pass over one sequence of T tokens.
 
-    logits: [T, vocab] fp32 on the host.  outputs, inputs: by HF module path, [T, ...] on the host in the module's dtype;
+    logits: [T, vocab] fp32 on the host.  outputs, inputs: by HF module path, [T, ...] on the host, dtype of the module;
     inputs holds the first tensor argument. A module that returns several tensors is represented by the first.
     """
 

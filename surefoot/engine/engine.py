@@ -65,13 +65,13 @@ class Engine:
     @staticmethod
     def load(
         model_ref: str,
-        config: EngineConfig = EngineConfig(),
+        config: EngineConfig | None = None,
         progress: Progress | None = None,
     ) -> Engine:
         """An engine for a model reference (folder, canary-..., hf:..., modelscope:...)."""
         from surefoot.engine.load import load_engine
 
-        return load_engine(model_ref, config, progress)
+        return load_engine(model_ref, config or EngineConfig(), progress)
 
     @property
     def model(self):

@@ -91,7 +91,7 @@ def plan_cache(model: CausalLM, config: EngineConfig, device: Device, dtype: tor
         model.state_specs(),
         dtype_bytes=dtype.itemsize,
         max_model_len=config.max_model_len,
-        model_max_len=model.max_position_embeddings,
+        model_max_len=model.rotary.config.max_length,
         max_num_seqs=config.max_num_seqs,
         block_size=block_size,
         kv_cache_tokens=config.kv_cache_tokens,

@@ -51,6 +51,13 @@ class RopeConfig:
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
+    def max_length(self) -> int:
+        """Tokens that the model can be run on: stretched ropes reach `factor` times beyond the trained length, as vLLM
+        takes it for these types (llama3 configs state the stretched length themselves)."""
+        stretched = self.rope_type in ("linear", "dynamic")
+        return int(self.max_position_embeddings * (self.scaling["factor"] if stretched else 1))
+
+    @property
     def depends_on_length(self) -> bool:
         return self.rope_type == "dynamic"
 
