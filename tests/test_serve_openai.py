@@ -144,6 +144,8 @@ def test_n_shares_the_prompt(client, served):
     assert heads[0] == heads[1] == heads[2] and heads[0][0] is None
     assert answer.usage.prompt_tokens == len(prompt) + 1
     assert answer.usage.completion_tokens == 9
+    # the two that followed found the prompt in the cache; the request as a whole computed it
+    assert answer.usage.prompt_tokens_details.cached_tokens == 0
 
 
 def test_n_streams_are_told_apart(client):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from fake_engine import BOS, EOS, ByteTokenizer
 
-from surefoot.core.outputs import TokenLogprob
+from surefoot.core.outputs import Completion, TokenLogprob
 from surefoot.core.sampling import SamplingParams
+from surefoot.serve.completions import CompletionReply
 from surefoot.serve.errors import ApiError
+from surefoot.serve.frontend import Prompt
 from surefoot.serve.logprobs import Offsets, Pieces, chat_logprobs, completion_logprobs
 from surefoot.serve.protocol import ChatCompletionRequest, CompletionRequest, validate
 from surefoot.serve.sampling import for_choice, max_tokens, sampling_defaults, sampling_params
@@ -90,6 +94,17 @@ def test_offsets():
     # an echoed prompt decides by itself: added special tokens are not in it, spelled-out ones are
     assert starts(True, "aé🙂b<eos>") == [0, 0, 1, 1, 2, 2, 2, 2, 3, 4]
     assert starts(True, "<bos>aé🙂b") == [0, 5, 6, 6, 7, 7, 7, 7, 8, 9]
+
+
+def test_output_offsets_begin_after_the_echoed_text():
+    """SentencePiece shows a space before the first word that the prompt's text does not have."""
+    pieces = Pieces(ByteTokenizer())
+    body = validate(CompletionRequest, {"prompt": "hi", "echo": True, "logprobs": 0})
+    front = SimpleNamespace(pieces=pieces)
+    reply = CompletionReply(front, body, "fake", [Prompt([ord(" "), *b"hi"], "hi")])
+    reply.prompt_logprobs[0] = [None, *[TokenLogprob(t, -1.0, 1) for t in b"hi"]]
+    choice = reply.choice(0, Completion("r", [], [33], "!", "length", logprobs=[TokenLogprob(33, -1.0, 1)]))
+    assert choice["text"] == "hi!" and choice["logprobs"]["text_offset"][-1] == 2
 
 
 def test_logprobs_stay_json():
