@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.surefoot-installed
 DEVELOPER := $(VENV)/.surefoot-dev
-BUILD_FILES := pyproject.toml $(wildcard setup.py)
+BUILD_FILES := pyproject.toml setup.py $(wildcard surefoot/ops/cpu/csrc/*)
 
 .PHONY: help demo test lint tree clean install dev
 
