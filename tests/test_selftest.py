@@ -61,7 +61,7 @@ def test_a_wrong_rope_base_is_found(few_answers, monkeypatch, capsys):
 
 def test_not_a_number_fails(few_answers, monkeypatch):
     score = Engine.score
-    monkeypatch.setattr(Engine, "score", lambda self, x: [t.fill_(float("nan")) for t in score(self, x)])
+    monkeypatch.setattr(Engine, "score", lambda self, x: [torch.full_like(t, float("nan")) for t in score(self, x)])
     failed = [c for c in selftest.run(CONFIG, ("float32",)) if not c.passed]
     assert [c.what for c in failed] == ["logits", "logits"] and "largest error inf" in failed[0].detail
 

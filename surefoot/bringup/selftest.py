@@ -30,7 +30,12 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 
 # Room for all answers in one batch: few long steps instead of many short ones, and a small, known cache.
 MARGIN_TOKENS = 16
-SIZES = {"max_num_seqs": 256, "max_num_batched_tokens": 8192, "max_model_len": 1024, "kv_cache_tokens": 65536}
+SIZES: dict[str, Any] = {
+    "max_num_seqs": 256,
+    "max_num_batched_tokens": 8192,
+    "max_model_len": 1024,
+    "kv_cache_tokens": 65536,
+}
 
 
 @dataclass(frozen=True)
