@@ -31,9 +31,9 @@ def folder(name: str) -> str:
 def expected(name: str):
     """Ragged prompts, the reference's greedy continuation of each, and its teacher-forced logits.
 
-    One whole forward of the reference over prompt + answer shows that every token of the answer is its own greedy choice
-    (by induction over the positions), so the engine's answer is the reference's. Under dynamic rope the reference's
-    whole forward differs from its own step-by-step one; there it decodes token by token.
+    One whole forward of the reference over prompt + answer shows that every token of the answer is its own greedy
+    choice (by induction over the positions), so the engine's answer is the reference's. Under dynamic rope the
+    reference's whole forward differs from its own step-by-step one; there it decodes token by token.
     """
     model = tiny.reference(name)
     asked = tiny.prompts(8, model.config.vocab_size)

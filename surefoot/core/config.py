@@ -76,6 +76,7 @@ class EngineInfo:
     kv_cache_bytes: int
     state_bytes: int
     prefix_caching: str
+    num_threads: int = 0
     ops: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)

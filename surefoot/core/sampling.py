@@ -17,7 +17,7 @@ class SamplingParams:
     temperature: 0 means greedy; the other filters then have no effect, penalties and logit_bias still do.
     top_k: keep the k most likely tokens; 0 or -1 keeps all.  top_p: nucleus mass in (0, 1].
     min_p: drop tokens less likely than min_p x the most likely one.
-    repetition_penalty: over prompt and output (CTRL, as in transformers); presence/frequency: over output only (OpenAI).
+    repetition_penalty: over prompt and output (as in transformers); presence/frequency: over output only (OpenAI).
     seed: draws depend on (seed, index of the output token) and nothing else; None takes a fresh random seed.
     logprobs / prompt_logprobs: number of top alternatives to report (0: only the token itself), None for none.
         Log-probabilities are those of the raw model distribution, before penalties and temperature.

@@ -186,8 +186,8 @@ class Engine:
             live.prompt_logprobs += rows
         logits = result.logits.get(item.request.request_id)
         if logits is not None and item.start == live.logits_rows:
-            live.logits.append(logits)
-            live.logits_rows += len(logits)
+            live.logits += logits
+            live.logits_rows += sum(map(len, logits))
 
     # ---- conveniences that run to the end
 
@@ -215,7 +215,20 @@ class Engine:
             for output in self.step():
                 if output.finished:
                     waiting.discard(output.request_id)
-        return [torch.cat(self._live.pop(i).logits) for i in ids]
+        return [_join(self._live.pop(i).logits) for i in ids]
 
     def stats(self) -> dict[str, int]:
         return self.scheduler.stats()
+
+
+def _join(parts: list[torch.Tensor]) -> torch.Tensor:
+    """torch.cat that gives each part's memory back once it is copied: rows over a large vocabulary are big."""
+    if len(parts) == 1:
+        return parts[0]
+    out = torch.empty(sum(map(len, parts)), *parts[0].shape[1:])
+    row = 0
+    while parts:
+        part = parts.pop(0)
+        out[row : row + len(part)] = part
+        row += len(part)
+    return out

@@ -30,16 +30,16 @@ Progress = Callable[[str, float | None], None]
 # Share of the free memory that the cache may take unless told otherwise. A CPU's memory belongs to others too.
 CACHE_SHARE = {"cpu": 0.25}
 DEFAULT_CACHE_SHARE = 0.85
+TINY_PARAMETERS = 16_000_000
 
 
 def load_engine(model_ref: str, config: EngineConfig, progress: Progress | None = None) -> Engine:
     """See `Engine.load`."""
     device = get_device(config.device)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
     folder = resolve(model_ref, progress=progress)
     checkpoint = Checkpoint(folder)
     model = build(checkpoint.config)
+    set_threads(model, config, device)
     dtype, note = device.resolve_dtype(config.dtype, checkpoint_dtype(checkpoint.config))
     notes = [note] if note else []
     if config.random_weights is not None:
@@ -57,6 +57,14 @@ def load_engine(model_ref: str, config: EngineConfig, progress: Progress | None 
     info = describe(model_ref, model, device, dtype, report, cache, config, block_size, caching, notes + cache.notes)
     eos = tokenizer.eos_token_ids if tokenizer is not None else eos_of(checkpoint.config)
     return Engine(runner, scheduler, config, info, tokenizer, eos)
+
+
+def set_threads(model: CausalLM, config: EngineConfig, device: Device) -> None:
+    """Threads of torch's CPU pool: as asked, else one for a tiny model (it gains nothing from more)."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    elif device.type == "cpu" and sum(p.numel() for p in model.parameters()) < TINY_PARAMETERS:
+        torch.set_num_threads(1)
 
 
 def checkpoint_dtype(config: dict) -> torch.dtype:
@@ -155,6 +163,7 @@ def describe(
         kv_cache_bytes=cache.kv_bytes,
         state_bytes=cache.state_bytes,
         prefix_caching=caching,
+        num_threads=torch.get_num_threads(),
         notes=notes,
         versions=versions(),
     )

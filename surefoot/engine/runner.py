@@ -27,12 +27,12 @@ class StepResult:
 
     tokens: sampled token id (-1: the logits held a NaN) and its log-probability if wanted.
     prompt_logprobs: log-probabilities of the prompt tokens that this step's rows predict.
-    logits: for score requests, fp32 rows [tokens of this step, vocab] on the host.
+    logits: for score requests, fp32 rows of this step's tokens on the host, in slices [n, vocab].
     """
 
     tokens: dict[str, tuple[int, TokenLogprob | None]] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprob]] = field(default_factory=dict)
-    logits: dict[str, torch.Tensor] = field(default_factory=dict)
+    logits: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
 
 def allocate(model: CausalLM, plan: CachePlan, block_size: int, dtype: torch.dtype, device: torch.device):
@@ -127,8 +127,8 @@ class Runner:
                 continue
             count = min(item.end, request.num_prompt_tokens) - item.start
             if request.score:
-                rows = [part.float().cpu() for part in self._logits_in_slices(hidden[first : first + count])]
-                result.logits[request.request_id] = torch.cat(rows)
+                rows = self._logits_in_slices(hidden[first : first + count])
+                result.logits[request.request_id] = [part.float().cpu() for part in rows]
                 continue
             # Row i predicts token i + 1; nothing in the prompt follows its last token.
             count = min(count, request.num_prompt_tokens - 1 - item.start)
