@@ -37,7 +37,7 @@ class BuildKernels(build_ext):
         variants = VARIANTS.get(ALIASES.get(machine, machine), {})
         variants = {name: flags for name, flags in variants.items() if self.accepts(flags)}
         have = [f"-DSF_HAVE_{name.upper()}" for name in variants]
-        jobs = [(s, "", have) for s in ("module.cpp", "threads.cpp", "isa_select.cpp")]
+        jobs = [(s, "", have) for s in ("module.cpp", "threads.cpp", "plain.cpp", "isa_select.cpp")]
         jobs += [("isa.cpp", name, [*flags, f"-DSF_ISA={name}"]) for name, flags in variants.items()]
         jobs += [("isa.cpp", "portable", ["-DSF_ISA=portable"])]
         with ThreadPoolExecutor() as pool:

@@ -10,10 +10,11 @@ from surefoot.ops.conv import causal_conv, causal_conv_step
 from surefoot.ops.delta import delta_gates, gated_delta_chunk, gated_delta_step
 from surefoot.ops.linear import embedding, linear
 from surefoot.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
+from surefoot.ops.quant import linear_w4, linear_w8
 from surefoot.ops.rotary import rotary
 from surefoot.ops.spec import REGISTRY, chosen, forget_chosen, use
 
-from surefoot.ops import torch_native  # noqa: F401  isort: skip  (registers implementations)
+from surefoot.ops import cpu, torch_native  # noqa: F401  isort: skip  (register implementations)
 
 __all__ = [
     "REGISTRY",
@@ -29,6 +30,8 @@ __all__ = [
     "gated_rms_norm",
     "kv_write",
     "linear",
+    "linear_w4",
+    "linear_w8",
     "paged_attention",
     "rms_norm",
     "rotary",

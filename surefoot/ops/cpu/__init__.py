@@ -1,1 +1,40 @@
-"""Implementations of ops for CPUs, registered when this package is imported."""
+"""Implementations of ops for CPUs: C++ kernels for the best instruction set of this machine.
+
+`kernels` is the extension module, None where it was not built; the ops then run on PyTorch, and the first of them says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from types import ModuleType
+
+from surefoot.ops.spec import register
+
+kernels: ModuleType | None
+try:
+    from surefoot.ops.cpu import _kernels as kernels  # type: ignore[attr-defined, no-redef]
+except ImportError:
+    kernels = None
+
+
+def instruction_set() -> str | None:
+    """What the kernels use, such as "avx512_bf16", "avx2", "neon", "portable"; None without kernels."""
+    return kernels.isa() if kernels else None
+
+
+if kernels:
+    from surefoot.ops.cpu import attention, delta, elementwise, linear  # noqa: F401
+else:
+
+    @register("linear", "cpu", "missing", supports=lambda *args, **kwargs: _say_once(), priority=10)
+    def _missing(*args, **kwargs):
+        raise AssertionError("never chosen")
+
+    def _say_once() -> bool:
+        """Ask the user, where a CPU computes, for what was missing when the package was installed. Warned once."""
+        warnings.warn(
+            "Surefoot's CPU kernels are not built, so the CPU runs on PyTorch's ops, several times slower: "
+            "install a C++17 compiler and reinstall (pip install --force-reinstall --no-deps surefoot)",
+            stacklevel=2,
+        )
+        return False

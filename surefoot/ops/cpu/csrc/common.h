@@ -64,11 +64,5 @@ template <class Body> static inline void with_type(int dtype, const Body& body) 
   else body(f16());
 }
 
-static inline float read_any(const void* p, int dtype, long i) {
-  if (dtype == F32) return static_cast<const float*>(p)[i];
-  if (dtype == BF16) return to_float(static_cast<const bf16*>(p)[i]);
-  return to_float(static_cast<const f16*>(p)[i]);
-}
-
 }  // namespace SF_ISA
 }  // namespace sf

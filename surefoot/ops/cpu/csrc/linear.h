@@ -21,13 +21,13 @@ struct Finish {  // adds the bias and writes in the output's dtype
   }
 };
 
-template <class Tile, int R> static inline void one_tile(const Tiles& t, const Finish& finish, long n, long m, bool fetch) {
+template <class Tile, int R> static inline void one_tile(const Tiles& t, const Finish& finish, long n, long m, unsigned fetch) {
   float out[R][4];
   Tile::template run<R>(t, n, m, fetch, out);
   for (int i = 0; i < R; ++i) finish(m + i, n, out[i]);
 }
 
-template <class Tile, int R> static void tile_of(int rows, const Tiles& t, const Finish& finish, long n, long m, bool fetch) {
+template <class Tile, int R> static void tile_of(int rows, const Tiles& t, const Finish& finish, long n, long m, unsigned fetch) {
   if (rows == R) one_tile<Tile, R>(t, finish, n, m, fetch);
   else if constexpr (R > 1) tile_of<Tile, R - 1>(rows, t, finish, n, m, fetch);
 }
@@ -37,11 +37,16 @@ template <class Tile> static void multiply(const Linear& job, const Tiles& t) {
   const long quads = ceil_div(t.N, 4), tiles = ceil_div(job.M, ROWS);
   long per_task = max_l(1, TASK_BYTES / (4 * t.w_bytes));
   per_task = min_l(per_task, max_l(1, ceil_div(quads, 4L * num_threads())));
+  const auto fetch = [&](long i) {  // rows that tile i prefetches: those with j % tiles == i
+    unsigned mask = 0;
+    for (long j = 0; j < 4; ++j) mask |= unsigned(j % tiles == i) << j;
+    return mask;
+  };
   const auto rows_from = [&](long i) { return job.M * i / tiles; };  // tiles of nearly equal height
   parallel(ceil_div(quads, per_task), double(t.N) * double(t.K), [&](long task) {
     const long first = task * per_task, last = min_l(quads, first + per_task);
     const auto run = [&](long quad, long i) {
-      tile_of<Tile, ROWS>(int(rows_from(i + 1) - rows_from(i)), t, finish, 4 * quad, rows_from(i), i == 0);
+      tile_of<Tile, ROWS>(int(rows_from(i + 1) - rows_from(i)), t, finish, 4 * quad, rows_from(i), fetch(i));
     };
     if (job.M <= 64) {  // weights come from memory: use each four rows for all tokens while they are in L1
       for (long quad = first; quad < last; ++quad)

@@ -18,16 +18,21 @@ struct Tiles {
   long N, K, group;
 };
 
+// The next four rows lie right behind these four. Bit j of `fetch` says that this tile is to bring in the next row j, each
+// line while its neighbour is used; several tiles of tokens share the work, so that memory is busy during all of them.
+static SF_INLINE long distance(const Tiles& t, long n, unsigned fetch, int j) {
+  return fetch >> j & 1 && n + 8 <= t.N ? 4 * t.w_bytes : 0;
+}
+
 // Four weight rows from channel n on (the last one repeated at the end), walked STEP elements at a time.
 //
 // NOTE: the last partial step is copied before any accumulator is live (vector registers do not survive the call of memcpy)
 // and goes through the one loop: otherwise GCC keeps the accumulators in memory, which costs two thirds of the speed.
 template <class W, int STEP> class Rows {
  public:
-  SF_INLINE Rows(const Tiles& t, long n, bool fetch) : whole_(t.K / STEP * STEP) {
+  SF_INLINE Rows(const Tiles& t, long n, unsigned fetch) : whole_(t.K / STEP * STEP) {
     SF_UNROLL for (int j = 0; j < 4; ++j) p_[j] = reinterpret_cast<const W*>(t.w + min_l(n + j, t.N - 1) * t.w_bytes);
-    // The next four rows lie right behind these: fetch each line of them while its neighbour is used.
-    ahead_ = fetch && n + 8 <= t.N ? 4 * t.w_bytes : 0;
+    SF_UNROLL for (int j = 0; j < 4; ++j) ahead_[j] = distance(t, n, fetch, j);
     if (whole_ < t.K) {
       memset(rest_, 0, sizeof rest_);
       for (int j = 0; j < 4; ++j) memcpy(rest_[j], p_[j] + whole_, size_t(t.K - whole_) * sizeof(W));
@@ -42,7 +47,7 @@ template <class W, int STEP> class Rows {
       if (k == whole_) {
         SF_UNROLL for (int j = 0; j < 4; ++j) w[j] = rest_[j];
       }
-      SF_UNROLL for (int j = 0; j < 4; ++j) prefetch(reinterpret_cast<const char*>(w[j]) + ahead_);
+      SF_UNROLL for (int j = 0; j < 4; ++j) prefetch(reinterpret_cast<const char*>(w[j]) + ahead_[j]);
       body(w, k);
       SF_UNROLL for (int j = 0; j < 4; ++j) w[j] += STEP;
     }
@@ -50,7 +55,7 @@ template <class W, int STEP> class Rows {
 
  private:
   const W* p_[4];
-  long whole_, ahead_;
+  long whole_, ahead_[4];
   W rest_[4][STEP];
 };
 
@@ -85,7 +90,7 @@ struct Bf16Tile {  // bf16 weights and activations as they are
 #endif
 
 template <class Kind, class W> struct DenseTile {
-  template <int R> static void run(const Tiles& t, long n, long m0, bool fetch, float out[][4]) {
+  template <int R> static void run(const Tiles& t, long n, long m0, unsigned fetch, float out[][4]) {
     typedef typename Kind::X X;
     constexpr int STEP = Kind::STEP;
     const Rows<W, STEP> rows(t, n, fetch);
@@ -110,7 +115,7 @@ struct Int8Tile {  // int8 weights, int8 activations: exact integers, scaled onc
     }
   }
 
-  template <int R> static void run(const Tiles& t, long n, long m0, bool fetch, float out[][4]) {
+  template <int R> static void run(const Tiles& t, long n, long m0, unsigned fetch, float out[][4]) {
     const Rows<int8_t, A8_STEP> rows(t, n, fetch);
     const A8* x = static_cast<const A8*>(t.x) + m0 * t.ldx;
     I acc[R][4];
@@ -139,7 +144,7 @@ struct Int8WideTile {  // int8 weights, int16 activations: exact integers within
     }
   }
 
-  template <int R> static void run(const Tiles& t, long n, long m0, bool fetch, float out[][4]) {
+  template <int R> static void run(const Tiles& t, long n, long m0, unsigned fetch, float out[][4]) {
     const Rows<int8_t, A16_STEP> rows(t, n, fetch);
     const int16_t* x = static_cast<const int16_t*>(t.x) + m0 * t.ldx;
     F total[R][4];
@@ -192,7 +197,7 @@ template <class S> struct Int4Tile {  // int4 weights in groups of 32 or 128 n, 
     }
   }
 
-  template <int R> static void run(const Tiles& t, long n, long m0, bool fetch, float out[][4]) {
+  template <int R> static void run(const Tiles& t, long n, long m0, unsigned fetch, float out[][4]) {
     const long steps = t.K / W4_STEP, rest = t.K % W4_STEP;
     uint8_t last[4][W4_STEP / 2] = {};
     S last_scales[4][W4_STEP / 32] = {};
@@ -205,7 +210,6 @@ template <class S> struct Int4Tile {  // int4 weights in groups of 32 or 128 n, 
       memcpy(last[j], rows[j] + steps * (W4_STEP / 2), size_t(rest / 2));
       memcpy(last_scales[j], scales[j] + steps * W4_STEP / t.group, size_t(ceil_div(rest, t.group)) * sizeof(S));
     }
-    const long ahead = fetch && n + 8 <= t.N ? 4 * t.w_bytes : 0;
     F total[R][4];
     SF_UNROLL for (int c = 0; c < 4; c += C) {
       F acc[R][C];
@@ -216,7 +220,7 @@ template <class S> struct Int4Tile {  // int4 weights in groups of 32 or 128 n, 
         F scale[C];
         SF_UNROLL for (int j = 0; j < C; ++j) {
           w[j] = rows[c + j] + s * (W4_STEP / 2);
-          prefetch(w[j] + ahead);
+          prefetch(w[j] + distance(t, n, fetch, c + j));
           scale[j] = group_scales(scales[c + j], t.group, s);
         }
         step<R>(acc, w, scale, t, m0, s);

@@ -7,6 +7,7 @@
 
 #include "isa_select.h"
 #include "kernels.h"
+#include "plain.h"
 #include "threads.h"
 
 namespace {
@@ -66,6 +67,108 @@ PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t n) {
   return without_gil([&] { current->linear(j); });
 }
 
+PyObject* attention(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Args a(args, n, 16);
+  Attention j{};
+  j.q = a.pointer(); j.ldq = a.integer(); j.out = a.pointer(); j.dtype = int(a.integer());
+  j.k = a.pointer(); j.v = a.pointer();
+  j.block_table = a.pointer<int32_t>(); j.max_blocks = a.integer();
+  j.starts = a.pointer<int32_t>(); j.lens = a.pointer<int32_t>();
+  j.N = a.integer(); j.H = a.integer(); j.Hk = a.integer(); j.D = a.integer(); j.block_size = a.integer();
+  j.scale = a.real();
+  if (!a.ok()) return nullptr;
+  return without_gil([&] { current->attention(j); });
+}
+
+PyObject* delta(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Args a(args, n, 18);
+  Delta j{};
+  j.q = a.pointer(); j.ldq = a.integer(); j.k = a.pointer(); j.ldk = a.integer(); j.v = a.pointer(); j.ldv = a.integer();
+  j.dtype = int(a.integer());
+  j.g = a.pointer<float>(); j.beta = a.pointer<float>();
+  j.state = a.pointer<float>(); j.slots = a.pointer<int64_t>();
+  j.out = a.pointer(); j.starts = a.pointer<int32_t>();
+  j.N = a.integer(); j.Hk = a.integer(); j.Hv = a.integer(); j.Dk = a.integer(); j.Dv = a.integer();
+  if (!a.ok()) return nullptr;
+  return without_gil([&] { current->delta(j); });
+}
+
+PyObject* conv(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Args a(args, n, 13);
+  Conv j{};
+  j.x = a.pointer(); j.ldx = a.integer(); j.w = a.pointer(); j.wtype = int(a.integer()); j.bias = a.pointer();
+  j.state = a.pointer(); j.slots = a.pointer<int64_t>(); j.out = a.pointer(); j.dtype = int(a.integer());
+  j.starts = a.pointer<int32_t>();
+  j.N = a.integer(); j.C = a.integer(); j.taps = a.integer();
+  if (!a.ok()) return nullptr;
+  return without_gil([&] { current->conv(j); });
+}
+
+PyObject* norm(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Args a(args, n, 12);
+  Norm j{};
+  j.x = a.pointer(); j.ldx = a.integer(); j.other = a.pointer(); j.ldo = a.integer();
+  j.w = a.pointer(); j.wtype = int(a.integer());
+  j.y = a.pointer(); j.sum = a.pointer(); j.dtype = int(a.integer());
+  j.rows = a.integer(); j.width = a.integer(); j.eps = a.real();
+  if (!a.ok()) return nullptr;
+  return without_gil([&] { current->norm(j); });
+}
+
+PyObject* gate(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Args a(args, n, 9);
+  const int op = int(a.integer()), dtype = int(a.integer());
+  const void* x = a.pointer(); const long ldx = a.integer();
+  const void* y = a.pointer(); const long ldy = a.integer();
+  void* out = a.pointer(); const long rows = a.integer(), width = a.integer();
+  if (!a.ok()) return nullptr;
+  return without_gil([&] { current->gate(op, dtype, x, ldx, y, ldy, out, rows, width); });
+}
+
+PyObject* rotary(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Args a(args, n, 14);
+  const int dtype = int(a.integer());
+  const void* q = a.pointer(); const long ldq = a.integer();
+  const void* k = a.pointer(); const long ldk = a.integer();
+  const float* cos = a.pointer<float>();
+  const float* sin = a.pointer<float>();
+  void* q_out = a.pointer();
+  void* k_out = a.pointer();
+  const long tokens = a.integer(), heads = a.integer(), kv_heads = a.integer(), dim = a.integer(), half = a.integer();
+  if (!a.ok()) return nullptr;
+  return without_gil([&] {
+    current->rotary(dtype, q, ldq, cos, sin, q_out, tokens, heads, dim, half);
+    current->rotary(dtype, k, ldk, cos, sin, k_out, tokens, kv_heads, dim, half);
+  });
+}
+
+PyObject* kv_write(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Args a(args, n, 9);
+  const void* k = a.pointer(); const long ldk = a.integer();
+  const void* v = a.pointer(); const long ldv = a.integer();
+  void* k_cache = a.pointer();
+  void* v_cache = a.pointer();
+  const int64_t* slots = a.pointer<int64_t>();
+  const long tokens = a.integer(), bytes = a.integer();
+  if (!a.ok()) return nullptr;
+  return without_gil([&] { sf::kv_write(k, ldk, v, ldv, k_cache, v_cache, slots, tokens, bytes); });
+}
+
+PyObject* delta_gates(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Args a(args, n, 13);
+  const void* x = a.pointer(); const long ldx = a.integer();
+  const void* b = a.pointer(); const long ldb = a.integer();
+  const int dtype = int(a.integer());
+  const void* a_log = a.pointer(); const int a_log_type = int(a.integer());
+  const void* bias = a.pointer(); const int bias_type = int(a.integer());
+  float* g = a.pointer<float>();
+  float* beta = a.pointer<float>();
+  const long tokens = a.integer(), heads = a.integer();
+  if (!a.ok()) return nullptr;
+  return without_gil(
+      [&] { sf::delta_gates(x, ldx, b, ldb, dtype, a_log, a_log_type, bias, bias_type, g, beta, tokens, heads); });
+}
+
 PyObject* read(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Args a(args, n, 2);
   const void* p = a.pointer();
@@ -116,6 +219,14 @@ PyObject* pool(PyObject*, PyObject*) { return PyUnicode_FromString(thread_pool_n
 
 PyMethodDef methods[] = {
     FAST(linear, "x @ w.T + bias for float, int8 or int4 weights"),
+    FAST(attention, "causal attention over paged keys and values"),
+    FAST(delta, "gated delta rule for one or more tokens per request"),
+    FAST(conv, "causal depthwise convolution with SiLU"),
+    FAST(norm, "RMSNorm, alone, after an addition, or times silu(gate)"),
+    FAST(gate, "silu(a) * b or a * sigmoid(b)"),
+    FAST(rotary, "rotary embedding of queries and keys"),
+    FAST(kv_write, "keys and values into their slots"),
+    FAST(delta_gates, "decay and rate of the gated delta rule"),
     FAST(read, "read(address, bytes): reads memory on all threads"),
     FAST(peak, "peak(what, steps): register-only multiply-adds; returns how many were done"),
     {"isa", isa, METH_NOARGS, "name of the instruction set in use"},

@@ -46,8 +46,16 @@ static inline void from_float(f16* p, float x) {
   p->bits = uint16_t(sign | ((a - 0x38000000 + 0xfff + (a >> 13 & 1)) >> 13));
 }
 
+static inline float read_any(const void* p, int dtype, long i) {
+  if (dtype == F32) return static_cast<const float*>(p)[i];
+  if (dtype == BF16) return to_float(static_cast<const bf16*>(p)[i]);
+  return to_float(static_cast<const f16*>(p)[i]);
+}
+
 static inline long min_l(long a, long b) { return a < b ? a : b; }
 static inline long max_l(long a, long b) { return a > b ? a : b; }
 static inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
+
+template <int N> struct Int { static constexpr int value = N; };  // a number as a type
 
 }  // namespace sf

@@ -1,0 +1,41 @@
+#include "plain.h"
+
+#include <cmath>
+
+#include "threads.h"
+#include "types.h"
+
+namespace sf {
+namespace {
+
+template <class Body> void for_blocks(long n, long block, const Body& body) {
+  struct Context { const Body& body; long n, block; } context{body, n, block};
+  run_tasks(ceil_div(n, block), [](long i, void* p) {
+    const Context& c = *static_cast<Context*>(p);
+    for (long t = i * c.block; t < min_l(c.n, (i + 1) * c.block); ++t) c.body(t);
+  }, &context);
+}
+
+}  // namespace
+
+void kv_write(const void* k, long ldk, const void* v, long ldv, void* k_cache, void* v_cache, const int64_t* slots,
+              long tokens, long row_bytes) {
+  for_blocks(tokens, 64, [&](long t) {
+    memcpy(static_cast<char*>(k_cache) + slots[t] * row_bytes, static_cast<const char*>(k) + t * ldk, size_t(row_bytes));
+    memcpy(static_cast<char*>(v_cache) + slots[t] * row_bytes, static_cast<const char*>(v) + t * ldv, size_t(row_bytes));
+  });
+}
+
+void delta_gates(const void* a, long lda, const void* b, long ldb, int dtype, const void* a_log, int a_log_type,
+                 const void* dt_bias, int bias_type, float* g, float* beta, long tokens, long heads) {
+  for_blocks(tokens, 64, [&](long t) {
+    for (long h = 0; h < heads; ++h) {
+      const float x = read_any(a, dtype, t * lda + h) + read_any(dt_bias, bias_type, h);
+      const float softplus = x > 20.0f ? x : std::log1p(std::exp(x));
+      g[t * heads + h] = -std::exp(read_any(a_log, a_log_type, h)) * softplus;
+      beta[t * heads + h] = 1.0f / (1.0f + std::exp(-read_any(b, dtype, t * ldb + h)));
+    }
+  });
+}
+
+}  // namespace sf

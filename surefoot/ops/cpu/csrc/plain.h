@@ -1,0 +1,15 @@
+// Kernels that gain nothing from vectors and are compiled once.
+#pragma once
+#include <stdint.h>
+
+namespace sf {
+
+// Rows of k and v to their slots. row_bytes: Hk x D values of one token; ld...: bytes between tokens.
+void kv_write(const void* k, long ldk, const void* v, long ldv, void* k_cache, void* v_cache, const int64_t* slots,
+              long tokens, long row_bytes);
+
+// g = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b), both [T, H] fp32; lda, ldb: elements between tokens.
+void delta_gates(const void* a, long lda, const void* b, long ldb, int dtype, const void* a_log, int a_log_type,
+                 const void* dt_bias, int bias_type, float* g, float* beta, long tokens, long heads);
+
+}  // namespace sf

@@ -1,0 +1,1 @@
+"""Weight quantisation: what the schemes are and how a weight is rounded to them."""
