@@ -48,7 +48,7 @@ def random_weights(
         buffer = buffers.get()
         try:
             tensor = torch.empty(slots[name].shape, dtype=held_dtype(model, name, slots[name], dtype), device=device)
-            _draw(model, name, tensor, seed, buffer)
+            draw(model, name, tensor, seed, buffer)
             return name, tensor
         finally:
             buffers.put(buffer)
@@ -68,7 +68,7 @@ def random_weights(
 
 
 @torch.no_grad()
-def _draw(model: Any, name: str, tensor: torch.Tensor, seed: int, buffer: torch.Tensor) -> None:
+def draw(model: Any, name: str, tensor: torch.Tensor, seed: int, buffer: torch.Tensor) -> None:
     """Fill one tensor, as many rows at a time as fit into `buffer`; integers and what is small in one go."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
