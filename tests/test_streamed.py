@@ -134,7 +134,7 @@ def status(key):
 
 reference = StreamedReference(sys.argv[1])
 sequences = json.loads(sys.argv[2])
-reference.score([[1, 2]])                         # libraries are loaded, thread pools exist
+torch.ones(64, 64) @ torch.ones(64, 64)           # the libraries are loaded, no layer has been yet
 before = status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")     # the peak counts from here
 for logits in reference.score_each(sequences):
