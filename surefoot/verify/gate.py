@@ -91,7 +91,7 @@ def _tied(yes: bool) -> str:
 
 def _config(given: Evidence) -> Finding:
     items = given["items"]
-    wrong = [i for i in items if not _near(i["reference"], i["target"], i.get("rtol", 0.0))]
+    wrong = [i for i in items if not _near(i["reference"], i["target"], i.get("rtol", 0.0), i.get("atol", 0.0))]
     if not wrong:
         return Finding("config", "pass", f"{len(items)} settings in effect equal the reference's")
     first = wrong[0]
@@ -102,11 +102,11 @@ def _config(given: Evidence) -> Finding:
     return Finding("config", "fail", shows[0] + more, {"wrong": wrong, "module": first["module"], "key": first["key"]})
 
 
-def _near(a: Any, b: Any, rtol: float) -> bool:
+def _near(a: Any, b: Any, rtol: float, atol: float) -> bool:
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(_near(x, y, rtol) for x, y in zip(a, b))
+        return len(a) == len(b) and all(_near(x, y, rtol, atol) for x, y in zip(a, b))
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (a, b))
-    return abs(a - b) <= rtol * abs(a) if numbers else a == b
+    return abs(a - b) <= atol + rtol * abs(a) if numbers else a == b
 
 
 def _sampler(given: Evidence) -> Finding:

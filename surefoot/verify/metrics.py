@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+Rows = dict[str, np.ndarray]
 ROWS = 32  # rows worked off at a time: 32 x 248,320 x 8 bytes = 64 MB
 
 # What is kept of a run per token.  kl: KL(reference || run) in nats.  err: RMS over the vocabulary of the logit error,
@@ -22,7 +23,7 @@ RUN_FIELDS = ("kl", "err", "worst", "gain", "flip", "odd", "zeros")
 REFERENCE_FIELDS = ("spread", "margin", "doubt", "bad")
 
 
-def reference_rows(logits: torch.Tensor) -> dict[str, np.ndarray]:
+def reference_rows(logits: torch.Tensor) -> Rows:
     """REFERENCE_FIELDS of logits [T, vocab]."""
     parts = [_reference_part(part.double()) for part in logits.split(ROWS)]
     return _join(parts, REFERENCE_FIELDS)
@@ -40,7 +41,7 @@ def _reference_part(r: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def logit_rows(reference: torch.Tensor, run: torch.Tensor) -> dict[str, np.ndarray]:
+def logit_rows(reference: torch.Tensor, run: torch.Tensor) -> Rows:
     """RUN_FIELDS of a run's logits against the reference's, both [T, vocab]."""
     parts = [_logit_part(r.double(), x.double()) for r, x in zip(reference.split(ROWS), run.split(ROWS))]
     return _join(parts, RUN_FIELDS)
@@ -96,12 +97,12 @@ ACTIVATION_FIELDS = ("err", "worst", "gain", "odd")
 MASSIVE = 10.0  # entries above this many times the row's RMS without them get a scale of their own
 
 
-def noise_scale(reference: torch.Tensor, nulls: list[torch.Tensor]) -> torch.Tensor:
+def noise_scale(reference: torch.Tensor, nulls: list[torch.Tensor], floor: torch.Tensor) -> torch.Tensor:
     """Expected size of the error of each entry [T, D], from runs that are right by construction.
 
     A row shares one scale (half of all entries are no outliers, so that the median serves), except that massive
     activations are allowed the relative error that massive ones have in the null runs: a bf16 residual stream holds
-    3,000 to the nearest 8 while its other channels are exact to 0.004.
+    3,000 to the nearest 8 while its other channels are exact to 0.004.  floor: [T, 1] least scale of a row.
     """
     r = reference.double()
     errors = torch.stack([torch.nan_to_num(n.double() - r, nan=0.0, posinf=0.0, neginf=0.0) for n in nulls])
@@ -109,13 +110,13 @@ def noise_scale(reference: torch.Tensor, nulls: list[torch.Tensor]) -> torch.Ten
     squares = errors.square().mean(0)
     count = quiet.sum(-1, keepdim=True).clamp(min=1)
     row = torch.where(quiet, squares, 0.0).sum(-1, keepdim=True) / count
-    floor = row[row > 0].median() * 1e-4 if (row > 0).any() else torch.tensor(1e-300, dtype=torch.float64)
     loud = ~quiet
     relative = squares[loud].sum() / r[loud].square().sum().clamp(min=1e-300) if loud.any() else 0.0
-    return torch.where(quiet, row, torch.maximum(row, relative * r.square())).clamp(min=floor).sqrt()
+    scale = torch.where(quiet, row, torch.maximum(row, relative * r.square())).sqrt()
+    return torch.maximum(scale, floor.clamp(min=1e-300))
 
 
-def activation_rows(reference: torch.Tensor, run: torch.Tensor, scale: torch.Tensor) -> dict[str, np.ndarray]:
+def activation_rows(reference: torch.Tensor, run: torch.Tensor, scale: torch.Tensor) -> Rows:
     """ACTIVATION_FIELDS of a run's activation [T, D] against the reference's."""
     r, x = reference.double(), run.double()
     both = torch.isfinite(r) & torch.isfinite(x)
@@ -130,10 +131,10 @@ def activation_rows(reference: torch.Tensor, run: torch.Tensor, scale: torch.Ten
     return _join([fields], ACTIVATION_FIELDS)
 
 
-def _join(parts: list[dict[str, torch.Tensor]], fields: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _join(parts: list[dict[str, torch.Tensor]], fields: tuple[str, ...]) -> Rows:
     return {f: torch.cat([p[f].reshape(-1).double() for p in parts]).numpy() for f in fields}
 
 
-def concatenate(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def concatenate(rows: list[Rows]) -> Rows:
     """Rows of several sequences, one after another."""
     return {key: np.concatenate([r[key] for r in rows]) for key in rows[0]} if rows else {}

@@ -1,0 +1,308 @@
+"""Works off the checks in order and makes the proof.
+
+    proof = verify(reference, target, VerifySettings("canary-llama", dtype="bfloat16"))
+
+The first check that fails ends the comparison; then the guilty module is sought and its cause named. After every check
+the evidence so far is written to `partial`, marked as such, so that an interrupted run leaves what it had found.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surefoot.backends import Backend, open_backend
+from surefoot.core.errors import InputError
+from surefoot.core.sampling import SamplingParams
+from surefoot.verify import checks, gate, prompts, texts
+from surefoot.verify.calibrate import model_of
+from surefoot.verify.judge import RULES
+from surefoot.verify.measure import Measurer
+from surefoot.verify.proof import FORMAT, Proof, jsonable
+from surefoot.verify.shapes import CHECKS, Cause, Finding, Localisation, Progress, VerifySettings
+from surefoot.weights.checkpoint import Checkpoint
+from surefoot.weights.hub import resolve
+
+LAYER_TOKENS = 256
+SAMPLER_PROMPTS = 3
+MEASURED = ("layers", "head", "logits")
+# Share of the whole that each stage takes on a CPU; only for the progress bar.
+STAGES = {"prompts": 0.1, "exact": 0.05, "layers": 0.3, "head": 0.05, "logits": 0.3, "sampler": 0.05, "parity": 0.15}
+
+
+@dataclass
+class Session:
+    """One verification in progress."""
+
+    reference: Backend
+    target: Backend
+    settings: VerifySettings
+    progress: Progress | None = None
+    partial: Path | None = None
+    evidence: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        settings, target = self.settings, self.target
+        self.folder = resolve(settings.model)
+        self.checkpoint = Checkpoint(self.folder)
+        same_model(self.reference, target)
+        self.text = texts.ReferenceText(self.folder) if texts.tokenizer_of(self.reference) is not None else None
+        if self.text is not None:
+            texts.same_tokenizer(self.text, texts.tokenizer_of(target))
+        self.dtype: torch.dtype = getattr(torch, str(target.info().get("dtype", "float32")))
+        self.asked = prompts.PromptSet("", [])
+        self._done = 0.0
+
+    # ---- progress and partial evidence
+
+    def tick(self, what: str) -> None:
+        if self.progress is not None:
+            self.progress(what, min(self._done, 0.99))
+
+    def stage(self, name: str, work: Callable[[], Any]) -> Any:
+        began = time.monotonic()
+        result = work()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+        self._done += STAGES.get(name, STAGES["exact"] / 4)
+        return result
+
+    # ---- prompts
+
+    def ask(self) -> None:
+        """Token ids of every prompt with the reference's greedy continuation, and of the long text."""
+        settings, limit = self.settings, self._limit()
+        self.tick("prompts")
+        if self.text is None:
+            if settings.prompts is not None:
+                raise InputError("--prompts needs a tokenizer, and the model folder has none")
+            vocab = self.reference.vocab_size
+            self.asked = prompts.random_ids(vocab, min(settings.long_tokens, limit), settings.seed)
+            return
+        template = self.text.has_template
+        asked = prompts.read_file(settings.prompts, template) if settings.prompts else prompts.built_in(template)
+        for prompt in asked.prompts:
+            prompt.ids = self.text.ids(prompt)
+            if not 0 < len(prompt.ids) < limit:
+                raise InputError(f"prompt {prompt.name!r} has {len(prompt.ids)} tokens, the model takes {limit}")
+        asked.sequences = [p.ids + c for p, c in zip(asked.prompts, self._continue(asked.prompts, limit))]
+        asked.sequences.append(self.text.long_ids(min(settings.long_tokens, limit)))
+        self.asked = asked
+
+    def _limit(self) -> int:
+        sides = (getattr(getattr(b, "engine", b), "max_model_len", None) for b in (self.reference, self.target))
+        return min((n for n in sides if n), default=1 << 30) - 1
+
+    def _continue(self, asked: list[prompts.Prompt], limit: int) -> list[list[int]]:
+        found = []
+        for i, prompt in enumerate(asked):
+            self.tick(f"reference's answers {i + 1}/{len(asked)}")
+            count = min(self.settings.continuation_tokens, limit - len(prompt.ids))
+            if count < 1:
+                found.append([])
+                continue
+            params = SamplingParams(max_tokens=count, ignore_eos=True)
+            found.append(self.reference.generate([prompt.ids], params)[0].token_ids)
+        return found
+
+    # ---- checks
+
+    def measurer(self) -> Measurer:
+        expected = self.reference
+        if self.dtype != torch.float32:
+            self.tick("loading the reference in the target's dtype")
+            expected = expected_backend(self.reference, self.settings, self.dtype)
+        measurer = Measurer(self.reference, expected, self.target, self.dtype, self.tick)
+        self.calibration = measurer.calibrate(self.asked.sequences[-1])
+        return measurer
+
+    def collectors(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        """How the evidence of each check is gathered."""
+        measurer: list[Measurer] = []
+
+        def measure() -> Measurer:
+            if not measurer:
+                measurer.append(self.stage("calibration", self.measurer))
+            return measurer[0]
+
+        tokenizer = texts.tokenizer_of(self.target)
+        long = self.asked.sequences[-1]
+        model, reference = model_of(self.target), model_of(self.reference)
+        weighed = self.checkpoint if self.settings.random_weights is None else None
+        hidden = {"not_possible": "the target's modules cannot be seen"}
+        return {
+            "template": lambda: texts.template_evidence(self.text, tokenizer, self.asked),
+            "tokens": lambda: texts.tokens_evidence(self.text, tokenizer, self.asked),
+            "weights": lambda: hidden if model is None else checks.weights_evidence(model, weighed, reference),
+            "config": lambda: checks.config_evidence(reference, model),
+            "layers": lambda: measure().layers(long[:LAYER_TOKENS]),
+            "head": lambda: measure().head(long),
+            "logits": lambda: measure().logits(self.asked.sequences),
+            "sampler": lambda: checks.sampler_evidence(
+                self.target, [p.ids for p in self.asked.prompts[:SAMPLER_PROMPTS]], self.reference.eos_token_ids
+            ),
+            "parity": self.parity,
+        }
+
+    def parity(self) -> dict[str, Any]:
+        from surefoot.backends.native import NativeBackend
+
+        if self.settings.skip_parity:
+            return {"not_possible": "left out on request"}
+        if not isinstance(self.target, NativeBackend):
+            return {"not_possible": f"the {self.target.name} backend has one path only"}
+        from surefoot.verify.parity import path_parity
+
+        self.tick("paths of the engine")
+        found = path_parity(self.target, self.settings, lambda what, share: self.tick(what))
+        return {"findings": [f.as_dict() for f in found]}
+
+    def work(self) -> Proof:
+        self.stage("prompts", self.ask)
+        collect = self.collectors()
+        for check in CHECKS:
+            self.tick(check)
+            self.evidence[check] = jsonable(self.stage(check, collect[check]))
+            found = gate.examine(check, self.evidence)
+            self._keep()
+            if any(f.status == "fail" for f in found):
+                return self.proof(*self.explain(found))
+        return self.proof(None, None)
+
+    def explain(self, found: list[Finding]) -> tuple[Localisation | None, Cause | None]:
+        """Which module, and what is wrong with it."""
+        failed = next(f for f in found if f.status == "fail")
+        if failed.check not in (*MEASURED, "config", "weights", "parity") or model_of(self.target) is None:
+            return None, None
+        from surefoot.verify.causes import name_cause
+        from surefoot.verify.localise import localise
+
+        self.tick("looking for the module")
+        ids = self.asked.sequences[-1][:LAYER_TOKENS]
+        place = self.stage("localise", lambda: localise(self.reference, self.target, ids, self.settings))
+        self.tick("looking for the cause")
+        cause = self.stage("cause", lambda: name_cause(self.reference, self.target, ids, place, self.settings))
+        return place, cause
+
+    def _keep(self) -> None:
+        if self.partial is not None:
+            proof = self.proof(None, None)
+            proof.data["partial"] = True
+            proof.save(self.partial)
+
+    # ---- the document
+
+    def proof(self, place: Localisation | None, cause: Cause | None) -> Proof:
+        verdict, findings = gate.decide(self.evidence)
+        settings = self.settings
+        return Proof(
+            {
+                "format": FORMAT,
+                "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                "partial": False,
+                "verdict": verdict,
+                "model": self.model_facts(),
+                "reference": self.reference.info(),
+                "target": self.target.info(),
+                "settings": {k: v for k, v in vars(settings).items() if k != "api_key"},
+                "prompts": {
+                    "source": self.asked.source,
+                    "count": len(self.asked.prompts),
+                    "tokens": sum(map(len, self.asked.sequences)),
+                    "sha256": self.asked.digest(),
+                    "names": [p.name for p in self.asked.prompts],
+                    "sequences": self.asked.sequences,
+                },
+                "rules": jsonable(RULES),
+                "calibration": self.calibration,
+                "findings": [f.as_dict() for f in findings],
+                "localisation": place.as_dict() if place else None,
+                "cause": cause.as_dict() if cause else None,
+                "sensitivity": sensitivity(findings),
+                "evidence": self.evidence,
+                "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
+            }
+        )
+
+    def model_facts(self) -> dict[str, Any]:
+        weights = [item[1] for item in self.evidence.get("weights", {}).get("items", [])]
+        return {
+            "name": self.settings.model,
+            "architecture": self.reference.info().get("architecture"),
+            "vocab_size": self.reference.vocab_size,
+            "files_sha256": texts.hashes(self.folder),
+            "weights_sha256": prompts.digest(weights) if weights else None,
+            "weights": "checkpoint" if self.settings.random_weights is None else "random",
+        }
+
+
+def sensitivity(findings: list[Finding]) -> dict[str, Any]:
+    """The smallest faults that these limits let through, and room for the measured ones (scaled injected faults)."""
+    found: dict[str, Any] = {"faults": []}
+    logits = next((f.details for f in findings if f.check == "logits" and f.details), None)
+    if logits is not None:
+        noise = logits["noise"]
+        found["logit_scale"] = logits["limits"]["gain"]
+        found["one_token"] = logits["limits"]["err"] * noise
+        found["one_logit"] = logits["limits"]["worst"] * noise
+    return found
+
+
+def same_model(reference: Backend, target: Backend) -> None:
+    """Two different models cannot be compared: one clear line instead of a thousand findings."""
+    if reference.vocab_size != target.vocab_size:
+        raise InputError(
+            f"two different models: the reference has {reference.vocab_size} vocabulary entries, the target "
+            f"{target.vocab_size}"
+        )
+    ours, theirs = model_of(target), model_of(reference)
+    if ours is None or theirs is None:
+        return
+    shapes = {checks.plain(n): tuple(p.shape) for n, p in theirs.named_parameters(remove_duplicate=False)}
+    for name, parameter in ours.named_parameters(remove_duplicate=False):
+        wanted = shapes.get(checks.plain(name))
+        if wanted is not None and wanted != tuple(parameter.shape):
+            raise InputError(
+                f"two different models: {name} has shape {list(wanted)} in the reference and "
+                f"{list(parameter.shape)} in the target"
+            )
+
+
+def expected_backend(reference: Backend, settings: VerifySettings, dtype: torch.dtype) -> Backend:
+    """The reference computed in the target's dtype: what the dtype costs."""
+    if settings.streamed_reference:
+        from surefoot.verify.streamed import StreamedReference
+
+        return StreamedReference(settings.model, dtype, random_weights=settings.random_weights)
+    name = str(dtype).removeprefix("torch.")
+    return open_backend("transformers", settings.model, settings.reference_config(dtype=name))
+
+
+def verify(
+    reference: Backend,
+    target: Backend,
+    settings: VerifySettings,
+    progress: Progress | None = None,
+    partial: Path | None = None,
+) -> Proof:
+    """Compare target with reference. `partial`: where evidence is kept while running."""
+    return Session(reference, target, settings, progress, partial).work()
+
+
+def open_reference(settings: VerifySettings) -> Backend:
+    if settings.streamed_reference:
+        from surefoot.verify.streamed import StreamedReference
+
+        return StreamedReference(settings.model, random_weights=settings.random_weights)
+    return open_backend("transformers", settings.model, settings.reference_config())
+
+
+def open_target(settings: VerifySettings) -> Backend:
+    return open_backend(settings.backend, settings.model, settings.target_config())
