@@ -14,7 +14,15 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = "surefoot/ops/cpu/csrc"
 # NOTE: no contraction or other liberty with floats: results must not depend on how a loop was unrolled.
-COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-semantic-interposition"]
+COMMON = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-semantic-interposition",
+]
 # GCC 12 warns about its own AVX-512 header.
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -52,7 +60,10 @@ class BuildKernels(build_ext):
     def compile(self, ext, source, variant, flags):
         folder = Path(self.build_temp) / (variant or "common")
         return self.compiler.compile(
-            [f"{CSRC}/{source}"], str(folder), include_dirs=self.compiler.include_dirs, extra_postargs=COMMON + QUIET + flags
+            [f"{CSRC}/{source}"],
+            str(folder),
+            include_dirs=self.compiler.include_dirs,
+            extra_postargs=COMMON + QUIET + flags,
         )[0]
 
     def accepts(self, flags):

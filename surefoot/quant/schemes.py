@@ -28,9 +28,7 @@ class Scheme:
         return self.bits + (16 / self.group_size if self.group_size else 0)
 
 
-SCHEMES = {
-    s.name: s for s in (Scheme("w8a16", 8, "float"), Scheme("w8a8", 8, "int8"), Scheme("w4a16", 4, "float", 32))
-}
+SCHEMES = {s.name: s for s in (Scheme("w8a16", 8, "float"), Scheme("w8a8", 8, "int8"), Scheme("w4a16", 4, "float", 32))}
 
 
 def scheme(name: str) -> Scheme:

@@ -28,9 +28,7 @@ def _attention_ok(
 
 
 @register("paged_attention", "cpu", _NAME, supports=_attention_ok, priority=PRIORITY)
-def paged_attention(
-    q, k_cache, v_cache, block_table, query_start_loc, seq_lens, query_lens_host, seq_lens_host, scale
-):
+def paged_attention(q, k_cache, v_cache, block_table, query_start_loc, seq_lens, query_lens_host, seq_lens_host, scale):
     heads, dim = q.shape[1:]
     out = torch.empty(q.shape, dtype=q.dtype)
     KERNELS.attention(

@@ -1,0 +1,175 @@
+"""Quantised linear layers: rounding and packing, both activation kinds, extremes, batch invariance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from surefoot import ops
+from surefoot.core.errors import InputError
+from surefoot.ops import cpu
+from surefoot.ops.quant import dequantise_int4, pack_int4, quantise_tokens, unpack_int4
+from surefoot.ops.spec import REGISTRY
+from surefoot.quant.schemes import SCHEMES, dequantise_int8, quantise_int4, quantise_int8, scheme
+
+ISAS = cpu.kernels.isas() if cpu.kernels else ["pytorch"]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    if cpu.kernels is None:
+        yield request.param
+        return
+    before = cpu.kernels.isa()
+    cpu.kernels.set_isa(request.param)
+    yield request.param
+    cpu.kernels.set_isa(before)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_int4_packing_is_that_of_compressed_tensors():
+    q = torch.tensor([[-8, -7, -1, 0, 1, 2, 3, 7] + [0] * 8])
+    packed = pack_int4(q)
+    assert packed.dtype == torch.int32 and packed.shape == (1, 2)
+    # Element j in bits 4j ... 4j + 3, plus 8.
+    word = sum((int(v) + 8) << (4 * j) for j, v in enumerate(q[0, :8]))
+    assert packed[0, 0].item() & 0xFFFFFFFF == word
+    assert torch.equal(unpack_int4(packed), q.to(torch.int8))
+
+
+def test_int4_round_trip_of_every_value():
+    q = torch.randint(-8, 8, (16, 64), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(unpack_int4(pack_int4(q)), q.to(torch.int8))
+
+
+def test_rounding_error_is_at_most_half_a_step():
+    w = randn(32, 256)
+    q, scale = quantise_int8(w)
+    assert q.abs().max() == 127
+    assert ((dequantise_int8(q, scale) - w).abs() <= 0.5001 * scale.unsqueeze(-1)).all()
+    packed, scale4 = quantise_int4(w, 32, torch.float32)
+    steps = scale4.repeat_interleave(32, dim=1)
+    assert ((dequantise_int4(packed, scale4) - w).abs() <= 0.5001 * steps).all()
+    assert scale4.shape == (32, 8)
+
+
+def test_all_zero_channels_stay_zero():
+    w = torch.zeros(3, 64)
+    q, scale = quantise_int8(w)
+    assert (dequantise_int8(q, scale) == 0).all()
+    assert (dequantise_int4(*quantise_int4(w)) == 0).all()
+
+
+def test_bad_requests_are_one_clear_line():
+    with pytest.raises(InputError, match="unknown quantisation scheme 'w3'.*w8a16"):
+        scheme("w3")
+    with pytest.raises(InputError, match="groups of 32 do not divide a weight of 40"):
+        quantise_int4(torch.ones(2, 40))
+    assert scheme("w4a16") is SCHEMES["w4a16"] and SCHEMES["w4a16"].bits_per_weight == 4.5
+
+
+def calls(rows=9, inner=512, outer=40):
+    x, w = randn(rows, inner), randn(outer, inner, seed=1) * inner**-0.5
+    q, scale = quantise_int8(w)
+    packed, scale4 = quantise_int4(w, 32)
+    return (
+        x,
+        w,
+        {
+            "w8a16": lambda x: ops.linear_w8(x, q, scale),
+            "w8a8": lambda x: ops.linear_w8(x, q, scale, act="int8"),
+            "w4a16": lambda x: ops.linear_w4(x, packed, scale4, 32),
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    "name,weights,activations", [("w8a16", 0.01, 1e-4), ("w8a8", 0.02, 0.02), ("w4a16", 0.2, 1e-4)]
+)
+def test_distance_from_the_full_precision_product(isa, name, weights, activations):
+    """Two errors: of the weights, against the original; of the activations, against the same rounded weights."""
+    x, w, by = calls(inner=2048)
+    y, exact = by[name](x), x @ w.t()
+    assert (y - exact).norm() <= weights * exact.norm()
+    with ops.use("reference"):
+        rounded = calls(inner=2048)[2]["w8a16" if name == "w8a8" else name](x)
+    assert (y - rounded).norm() <= activations * rounded.norm()
+
+
+@pytest.mark.parametrize("name", ["w8a16", "w8a8", "w4a16"])
+@pytest.mark.parametrize("inner", [512, 2048, 96])
+def test_a_token_is_bitwise_the_same_in_any_batch(isa, name, inner):
+    x, _, by = calls(70, inner)
+    x[3] *= 1e4  # a loud neighbour
+    if cpu.kernels is None:
+        pytest.skip("PyTorch's products depend on the batch")
+    alone = torch.cat([by[name](row) for row in x.split(1)])
+    for rows in (2, 5, 8, 13, 64, 70):
+        assert torch.equal(by[name](x[:rows]), alone[:rows]), rows
+
+
+@pytest.mark.parametrize("name", ["w8a16", "w8a8", "w4a16"])
+def test_nan_and_infinity_stay_in_their_row_and_are_never_hidden(isa, name):
+    x, _, by = calls(5)
+    x[1, 7], x[2, 300], x[3] = torch.nan, -torch.inf, 0.0
+    y = by[name](x)
+    assert not y[1].isfinite().any() and not y[2].isfinite().any()
+    assert (y[3] == 0).all() and y[0].isfinite().all() and y[4].isfinite().all()
+
+
+@pytest.mark.parametrize("inner", [64, 2048, 8192, 65536])
+@pytest.mark.parametrize("act", ["int8", "float"])
+def test_nothing_saturates_at_the_extremes(isa, inner, act):
+    """All weights and activations at the end of their range, the sum as large as it gets: exact in integers."""
+    for sign in (1.0, -1.0):
+        x, q = torch.full((2, inner), 3.0), torch.full((5, inner), 127 * sign).to(torch.int8)
+        y = ops.linear_w8(x, q, torch.ones(5), act=act)
+        torch.testing.assert_close(y, torch.full((2, 5), 3.0 * 127 * sign * inner), rtol=1e-6, atol=0)
+    packed = torch.zeros(3, inner // 8, dtype=torch.int32)  # every weight is -8
+    y = ops.linear_w4(torch.full((2, inner), 3.0), packed, torch.ones(3, inner // 32), 32)
+    torch.testing.assert_close(y, torch.full((2, 3), -24.0 * inner), rtol=1e-6, atol=0)
+
+
+def test_int8_minus_128_is_taken(isa):
+    """Other tools store it; ours stops at -127."""
+    x, q = randn(3, 256), torch.full((2, 256), -128, dtype=torch.int8)
+    torch.testing.assert_close(
+        ops.linear_w8(x, q, torch.ones(2)), (x.sum(-1, keepdim=True) * -128).expand(3, 2), atol=0.1, rtol=1e-3
+    )
+    q8, scale = quantise_tokens(x)
+    expected = (q8 @ q.float().t()) * scale
+    torch.testing.assert_close(ops.linear_w8(x, q, torch.ones(2), act="int8"), expected, atol=1e-3, rtol=1e-5)
+
+
+def test_w8a8_is_the_reference_to_the_last_bit_of_fp32(isa):
+    """The same integers and the same fp32 operations in the same order."""
+    x, _, by = calls(17, 2048, 64)
+    y = by["w8a8"](x)
+    with ops.use("reference"):
+        torch.testing.assert_close(y, by["w8a8"](x), rtol=3e-7, atol=0)
+
+
+def test_tiny_and_huge_activations(isa):
+    x, _, by = calls(4)
+    for name, call in by.items():
+        for factor in (1e-30, 1e30):
+            y, expected = call(x * factor), call(x) * factor
+            torch.testing.assert_close(
+                y, expected, rtol=2e-3, atol=2e-3 * factor, msg=lambda m: f"{name} {factor}: {m}"
+            )
+        # Where the reciprocal of a token's scale overflows, the token may count as zero but not as NaN.
+        assert (call(x * 1e-38).abs() < 1e-37).all()
+
+
+@pytest.mark.skipif(cpu.kernels is None, reason="the C++ kernels are not built here")
+def test_other_group_sizes_fall_back_to_the_reference():
+    w = randn(8, 192)
+    packed, scale = quantise_int4(w, 64)
+    ops.forget_chosen()
+    y = ops.linear_w4(randn(2, 192, seed=3), packed, scale, 64)
+    assert ops.chosen() == {"linear_w4/cpu": "reference"}
+    torch.testing.assert_close(y, randn(2, 192, seed=3) @ dequantise_int4(packed, scale).t())
+    assert {"linear_w4", "linear_w8"} <= set(REGISTRY)
