@@ -36,13 +36,15 @@ class Timer:
 
 
 class Device:
-    """One device. `type` is "cpu", "cuda" or "npu"; `index` counts from 0; `capabilities` is the chip's row of data."""
+    """One device. `type` is "cpu", "cuda" or "npu"; `index` counts from 0; `capabilities` is the chip's row of data;
+    `notes` says what about it is not as one would expect."""
 
     type: str = "cpu"
 
     def __init__(self, index: int = 0) -> None:
         self.index = index
         self.capabilities = Capabilities()
+        self.notes: list[str] = []
 
     def __str__(self) -> str:
         return self.type if self.type == "cpu" else f"{self.type}:{self.index}"

@@ -54,7 +54,13 @@ class Chip:
         return self.match_name is not None and self.match_name.lower() in name.lower()
 
 
-_SOC = "SoC numbers and bf16 support: torch_npu 2.13.0 (SocVersion); peaks: Huawei publishes none for the bare chip"
+# torch_npu 2.13.0, torch_npu/csrc/core/npu/NpuVariables.h (enum SocVersion) and IsBF16Supported: bf16 from 910B1 on.
+_SOC = "SoC number and bf16: torch_npu 2.13.0 (NpuVariables.h); peaks: Huawei publishes none for the bare chip"
+
+
+def _ascend(name: str, first: int, last: int | None = None, dtypes: tuple[str, ...] = ALL_DTYPES) -> Chip:
+    return Chip(name, "npu", match_soc=(first, last or first), dtypes=dtypes, source=_SOC)
+
 
 CHIPS: tuple[Chip, ...] = (
     Chip(
@@ -81,12 +87,17 @@ CHIPS: tuple[Chip, ...] = (
         memory_bandwidth=2.039e12,
         source="NVIDIA A100 datasheet, without sparsity",
     ),
-    Chip("Ascend 910A", "npu", match_soc=(100, 104), dtypes=NO_BF16, source=_SOC),
-    Chip("Ascend 310P", "npu", match_soc=(200, 205), dtypes=NO_BF16, source=_SOC),
-    Chip("Ascend 910B (A2)", "npu", match_soc=(220, 225), source=_SOC),
-    Chip("Ascend 310B", "npu", match_soc=(240, 243), dtypes=NO_BF16, source=_SOC),
-    Chip("Ascend 910_93 (A3)", "npu", match_soc=(250, 256), source=_SOC),
-    Chip("Ascend 950", "npu", match_soc=(260, 260), source=_SOC),
+    _ascend("Ascend 910A", 100, 104, NO_BF16),
+    _ascend("Ascend 310P", 200, 205, NO_BF16),
+    _ascend("Ascend 910B1 (A2)", 220),
+    _ascend("Ascend 910B2 (A2)", 221),
+    _ascend("Ascend 910B2C (A2)", 222),
+    _ascend("Ascend 910B3 (A2)", 223),
+    _ascend("Ascend 910B4 (A2)", 224),
+    _ascend("Ascend 910B4-1 (A2)", 225),
+    _ascend("Ascend 310B", 240, 243, NO_BF16),
+    _ascend("Ascend 910_93 (A3)", 250, 256),
+    _ascend("Ascend 950", 260),
 )
 
 

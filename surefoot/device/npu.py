@@ -1,16 +1,23 @@
-"""Huawei Ascend NPUs through torch_npu, which adds `torch.npu` when it is imported."""
+"""Huawei Ascend NPUs through torch_npu, which adds `torch.npu` when it is imported.
+
+Set up once per process, as an Ascend user expects of an inference engine: kernels compiled ahead of time (no compile
+per prompt length), tensors in plain ND layout unless an op asks otherwise, and a silent CPU fallback turned into an
+error. Who wants fallbacks says so with torch_npu's own variable, TORCH_NPU_FALLBACK_CPU_DISABLE=0, and gets a note.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 from surefoot.core.errors import DeviceError
 from surefoot.device.base import Device, Timer
-from surefoot.device.chips import NO_BF16, Capabilities, find
+from surefoot.device.chips import ALL_DTYPES, NO_BF16, Capabilities, find
 
 # The fused attention kernels take KV pages of 128..512 tokens, a multiple of 128 (op-plugin, FusedInferAttentionScore).
 PAGE = 128
+FALLBACK = "TORCH_NPU_FALLBACK_CPU_DISABLE"
 
 
 def _torch_npu() -> Any:
@@ -21,6 +28,8 @@ def _torch_npu() -> Any:
         raise DeviceError(
             f"torch_npu is not installed: pip install the torch-npu release that matches torch {torch.__version__}"
         )
+    # NOTE: before the import and before the first op; torch_npu reads it from the process's environment.
+    os.environ.setdefault(FALLBACK, "1")
     try:
         import torch_npu
     except (ImportError, OSError) as error:
@@ -67,6 +76,15 @@ class NpuTimer(Timer):
         return self._begin_event.elapsed_time(self._end_event) / 1000
 
 
+def set_up(npu: Any) -> None:
+    """Process-wide options of torch_npu; setting them again changes nothing."""
+    # Kernels compiled ahead of time take any shape; the just-in-time mode would compile for each new prompt length.
+    # NOTE: it is on by default on the 310P and older chips.
+    npu.set_compile_mode(jit_compile=False)
+    # Internal layouts (NZ, ...) appear only where an op casts to one by itself.
+    npu.config.allow_internal_format = False
+
+
 class NpuDevice(Device):
     type = "npu"
 
@@ -76,16 +94,25 @@ class NpuDevice(Device):
             raise DeviceError(why_absent() if count() == 0 else f"there is no {self}")
         self._npu = _torch_npu().npu
         self._npu.set_device(index)
-        # Kernels compiled ahead of time take any shape; the just-in-time mode would compile for each new prompt length.
-        self._npu.set_compile_mode(jit_compile=False)
-        chip = find("npu", self.name(), self._npu.get_soc_version())
-        self.capabilities = Capabilities(
-            dtypes=chip.dtypes if chip else NO_BF16,
+        set_up(self._npu)
+        if os.environ.get(FALLBACK) == "0":
+            self.notes.append(f"{FALLBACK}=0: operators without an NPU kernel run on the CPU, slowly")
+        self.soc = int(self._npu.get_soc_version())
+        self.capabilities = self._capabilities()
+
+    def _capabilities(self) -> Capabilities:
+        chip = find("npu", self.name(), self.soc)
+        if chip is None:
+            self.notes.append(f"chip {self.name()} (SoC {self.soc}) is not in the table: its peaks are unknown")
+            dtypes = ALL_DTYPES if self._npu.is_bf16_supported() else NO_BF16
+            return Capabilities(dtypes, block_size=PAGE, block_alignment=PAGE)
+        return Capabilities(
+            dtypes=chip.dtypes,
             block_size=PAGE,
             block_alignment=PAGE,
-            peak_flops=chip.peak_flops if chip else {},
-            memory_bandwidth=chip.memory_bandwidth if chip else None,
-            source=chip.source if chip else None,
+            peak_flops=chip.peak_flops,
+            memory_bandwidth=chip.memory_bandwidth,
+            source=chip.source,
         )
 
     def name(self) -> str:
@@ -93,6 +120,7 @@ class NpuDevice(Device):
 
     def memory(self) -> tuple[int, int]:
         free, total = self._npu.mem_get_info(self.index)
+        # Memory that torch_npu keeps cached but does not use is free for us too.
         cached = self._npu.memory_reserved(self.index) - self._npu.memory_allocated(self.index)
         return free + cached, total
 
@@ -100,7 +128,8 @@ class NpuDevice(Device):
         self._npu.synchronize(self.index)
 
     def seed(self, n: int) -> None:
-        self._npu.manual_seed(n)
+        with self._npu.device(self.index):
+            self._npu.manual_seed(n)
 
     def empty_cache(self) -> None:
         self._npu.empty_cache()
