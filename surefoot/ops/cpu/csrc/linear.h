@@ -5,56 +5,72 @@
 namespace sf {
 namespace SF_ISA {
 
-constexpr long TASK_BYTES = 128 * 1024;  // of weights per task: they stay in a core's L2 while many tokens pass
+constexpr long SMALL = 64;  // tokens up to which weights are read from memory once and used for all
+// Weights per task: for few tokens a fair share of a thread's work; for many what stays in a core's L2.
+constexpr long TASK_BYTES = 128 * 1024, TASK_BYTES_MANY = 256 * 1024;
+constexpr long ROW_BYTES = 4096;  // of one token's activations that stay in L1 while a task's channels pass
 
 struct Finish {  // adds the bias and writes in the output's dtype
   const Linear& job;
-  template <class T> void write(long m, long n, const float v[4]) const {
-    T* y = static_cast<T*>(job.y) + m * job.ldy + n;
+
+  template <class T> void write(const float out[][4], int rows, long m, long n) const {
     const long count = min_l(4, job.N - n);
-    for (long j = 0; j < count; ++j) from_float(y + j, job.bias ? v[j] + read_any(job.bias, job.bias_type, n + j) : v[j]);
+    float bias[4] = {};
+    if (job.bias)
+      for (long j = 0; j < count; ++j) bias[j] = read_any(job.bias, job.bias_type, n + j);
+    T* y = static_cast<T*>(job.y) + m * job.ldy + n;
+    for (int i = 0; i < rows; ++i, y += job.ldy) {
+      if (count == 4) store4(y, out[i], bias);
+      else
+        for (long j = 0; j < count; ++j) from_float(y + j, out[i][j] + bias[j]);
+    }
   }
-  void operator()(long m, long n, const float v[4]) const {
-    if (job.xtype == F32) write<float>(m, n, v);
-    else if (job.xtype == BF16) write<bf16>(m, n, v);
-    else write<f16>(m, n, v);
+  void operator()(const float out[][4], int rows, long m, long n) const {
+    if (job.xtype == F32) write<float>(out, rows, m, n);
+    else if (job.xtype == BF16) write<bf16>(out, rows, m, n);
+    else write<f16>(out, rows, m, n);
   }
 };
 
-template <class Tile, int R> static inline void one_tile(const Tiles& t, const Finish& finish, long n, long m, unsigned fetch) {
-  float out[R][4];
-  Tile::template run<R>(t, n, m, fetch, out);
-  for (int i = 0; i < R; ++i) finish(m + i, n, out[i]);
-}
-
-template <class Tile, int R> static void tile_of(int rows, const Tiles& t, const Finish& finish, long n, long m, unsigned fetch) {
-  if (rows == R) one_tile<Tile, R>(t, finish, n, m, fetch);
-  else if constexpr (R > 1) tile_of<Tile, R - 1>(rows, t, finish, n, m, fetch);
+// A tile of `rows` <= R tokens, whatever its height.
+template <class Tile, int R>
+static void tile_of(int rows, const Tiles& t, const Finish& done, long n, long m, unsigned fetch, const Range& range) {
+  if (rows == R) {
+    float out[R][4];
+    if (Tile::template run<R>(t, n, m, fetch, range, out)) done(out, R, m, n);
+  } else if constexpr (R > 1) {
+    tile_of<Tile, R - 1>(rows, t, done, n, m, fetch, range);
+  }
 }
 
 template <class Tile> static void multiply(const Linear& job, const Tiles& t) {
-  const Finish finish{job};
+  const Finish done{job};
   const long quads = ceil_div(t.N, 4), tiles = ceil_div(job.M, ROWS);
-  long per_task = max_l(1, TASK_BYTES / (4 * t.w_bytes));
-  per_task = min_l(per_task, max_l(1, ceil_div(quads, 4L * num_threads())));
+  const auto first_row = [&](long i) { return job.M * i / tiles; };  // tiles of nearly equal height
   const auto fetch = [&](long i) {  // rows that tile i prefetches: those with j % tiles == i
     unsigned mask = 0;
     for (long j = 0; j < 4; ++j) mask |= unsigned(j % tiles == i) << j;
     return mask;
   };
-  const auto rows_from = [&](long i) { return job.M * i / tiles; };  // tiles of nearly equal height
-  parallel(ceil_div(quads, per_task), double(t.N) * double(t.K), [&](long task) {
+  const auto run = [&](long quad, long i, unsigned rows_to_fetch, const Range& range) {
+    tile_of<Tile, ROWS>(int(first_row(i + 1) - first_row(i)), t, done, 4 * quad, first_row(i), rows_to_fetch, range);
+  };
+  const bool small = job.M <= SMALL;
+  long per_task = max_l(1, (small ? TASK_BYTES : TASK_BYTES_MANY) / (4 * t.w_bytes));
+  per_task = min_l(per_task, max_l(1, ceil_div(quads, 4L * num_threads())));
+  const long range = ROW_BYTES / long(sizeof(typename Tile::X));
+  parallel(ceil_div(quads, per_task), double(t.N) * double(t.K) * double(job.M), [&](long task) {
     const long first = task * per_task, last = min_l(quads, first + per_task);
-    const auto run = [&](long quad, long i) {
-      tile_of<Tile, ROWS>(int(rows_from(i + 1) - rows_from(i)), t, finish, 4 * quad, rows_from(i), fetch(i));
-    };
-    if (job.M <= 64) {  // weights come from memory: use each four rows for all tokens while they are in L1
+    if (small) {
       for (long quad = first; quad < last; ++quad)
-        for (long i = 0; i < tiles; ++i) run(quad, i);
-    } else {  // a tile of tokens stays in L1 and meets the task's weights in L2
-      for (long i = 0; i < tiles; ++i)
-        for (long quad = first; quad < last; ++quad) run(quad, i);
+        for (long i = 0; i < tiles; ++i) run(quad, i, fetch(i), {0, t.K, nullptr});
+      return;
     }
+    char* saved = static_cast<char*>(scratch(TASK, size_t(last - first) * ROWS * 4 * sizeof(F)));
+    for (long i = 0; i < tiles; ++i)
+      for (long k = 0; k < t.K; k += range)
+        for (long quad = first; quad < last; ++quad)
+          run(quad, i, 0, {k, min_l(t.K, k + range), saved + (quad - first) * ROWS * 4 * long(sizeof(F))});
   });
 }
 

@@ -1,6 +1,7 @@
 // Tiles of the linear kernels: R tokens x 4 output channels, dot products along K with both sides row by row.
 //
-// Every output is summed in one order that depends on K alone, so a token gets the same bits in any batch.
+// A long K is taken in ranges [k0, k1), so that the tokens of a tile stay in L1 while many channels pass; in between the
+// accumulators wait in memory as they are. Every output is summed in one order that depends on K alone, so a token gets the same bits in any batch.
 // Activations are padded with zeros to a multiple of the step; weights are not, and their last partial step is copied.
 #pragma once
 #include "quantise.h"
@@ -59,6 +60,27 @@ template <class W, int STEP> class Rows {
   W rest_[4][STEP];
 };
 
+struct Range {
+  long k0, k1;
+  void* saved;  // R x 4 vectors; not touched if the range is all of K
+};
+
+template <int R, class V, class Zero> static SF_INLINE void resume(V acc[R][4], const Range& r, const Zero& zero) {
+  SF_UNROLL for (int m = 0; m < R; ++m)
+    SF_UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = zero();
+  if (r.k0 == 0) return;
+  const V* from = static_cast<const V*>(r.saved);
+  SF_UNROLL for (int m = 0; m < R; ++m)
+    SF_UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = from[m * 4 + j];
+}
+template <int R, class V> static SF_INLINE bool suspend(const V acc[R][4], const Range& r, long K) {
+  if (r.k1 >= K) return false;
+  V* to = static_cast<V*>(r.saved);
+  SF_UNROLL for (int m = 0; m < R; ++m)
+    SF_UNROLL for (int j = 0; j < 4; ++j) to[m * 4 + j] = acc[m][j];
+  return true;
+}
+
 template <class W> struct FloatTile {  // fp32, bf16 or fp16 weights, widened; fp32 activations
   typedef float X;
   static constexpr int STEP = LANES;
@@ -90,22 +112,26 @@ struct Bf16Tile {  // bf16 weights and activations as they are
 #endif
 
 template <class Kind, class W> struct DenseTile {
-  template <int R> static void run(const Tiles& t, long n, long m0, unsigned fetch, float out[][4]) {
-    typedef typename Kind::X X;
+  typedef typename Kind::X X;
+
+  template <int R> static bool run(const Tiles& t, long n, long m0, unsigned fetch, const Range& range, float out[][4]) {
     constexpr int STEP = Kind::STEP;
     const Rows<W, STEP> rows(t, n, fetch);
     const X* x = static_cast<const X*>(t.x) + m0 * t.ldx;
     F acc[R][4];
-    SF_UNROLL for (int m = 0; m < R; ++m)
-      SF_UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = f_zero();
-    rows.walk(0, t.K, [&](const W* const w[4], long k) SF_INLINE_LAMBDA {
+    resume<R>(acc, range, f_zero);
+    rows.walk(range.k0, range.k1, [&](const W* const w[4], long k) SF_INLINE_LAMBDA {
       Kind::template step<R>(acc, w, x + k, t.ldx);
     });
+    if (suspend<R>(acc, range, t.K)) return false;
     SF_UNROLL for (int m = 0; m < R; ++m) f_hsum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3], out[m]);
+    return true;
   }
 };
 
 struct Int8Tile {  // int8 weights, int8 activations: exact integers, scaled once at the end
+  typedef A8 X;
+
   template <int R> static SF_INLINE void step(I acc[R][4], const int8_t* const w[4], const A8* x, long ldx) {
     W8 b[4];
     SF_UNROLL for (int j = 0; j < 4; ++j) b[j] = w8_load(w[j]);
@@ -115,15 +141,15 @@ struct Int8Tile {  // int8 weights, int8 activations: exact integers, scaled onc
     }
   }
 
-  template <int R> static void run(const Tiles& t, long n, long m0, unsigned fetch, float out[][4]) {
+  template <int R> static bool run(const Tiles& t, long n, long m0, unsigned fetch, const Range& range, float out[][4]) {
     const Rows<int8_t, A8_STEP> rows(t, n, fetch);
     const A8* x = static_cast<const A8*>(t.x) + m0 * t.ldx;
     I acc[R][4];
-    SF_UNROLL for (int m = 0; m < R; ++m)
-      SF_UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = i_zero();
-    rows.walk(0, t.K, [&](const int8_t* const w[4], long k) SF_INLINE_LAMBDA {
+    resume<R>(acc, range, i_zero);
+    rows.walk(range.k0, range.k1, [&](const int8_t* const w[4], long k) SF_INLINE_LAMBDA {
       step<R>(acc, w, x + k, t.ldx);
     });
+    if (suspend<R>(acc, range, t.K)) return false;
     const float* scale = static_cast<const float*>(t.wscale);
     SF_UNROLL for (int m = 0; m < R; ++m) {
       int32_t sums[4];
@@ -131,10 +157,13 @@ struct Int8Tile {  // int8 weights, int8 activations: exact integers, scaled onc
       SF_UNROLL for (int j = 0; j < 4; ++j)
         out[m][j] = float(sums[j] - t.sums[m0 + m]) * (t.scales[m0 + m] * scale[min_l(n + j, t.N - 1)]);
     }
+    return true;
   }
 };
 
 struct Int8WideTile {  // int8 weights, int16 activations: exact integers within a block, then fp32
+  typedef int16_t X;
+
   template <int R> static SF_INLINE void step(I acc[R][4], const int8_t* const w[4], const int16_t* x, long ldx) {
     W16 b[4];
     SF_UNROLL for (int j = 0; j < 4; ++j) b[j] = w16_load(w[j]);
@@ -144,14 +173,13 @@ struct Int8WideTile {  // int8 weights, int16 activations: exact integers within
     }
   }
 
-  template <int R> static void run(const Tiles& t, long n, long m0, unsigned fetch, float out[][4]) {
+  template <int R> static bool run(const Tiles& t, long n, long m0, unsigned fetch, const Range& range, float out[][4]) {
     const Rows<int8_t, A16_STEP> rows(t, n, fetch);
     const int16_t* x = static_cast<const int16_t*>(t.x) + m0 * t.ldx;
     F total[R][4];
-    SF_UNROLL for (int m = 0; m < R; ++m)
-      SF_UNROLL for (int j = 0; j < 4; ++j) total[m][j] = f_zero();
-    for (long b = 0; b < t.blocks; ++b) {
-      const long end = min_l(t.K, (b + 1) * BLOCK);
+    resume<R>(total, range, f_zero);
+    for (long b = range.k0 / BLOCK; b * BLOCK < range.k1; ++b) {
+      const long end = min_l(range.k1, (b + 1) * BLOCK);
       I acc[R][4];
       SF_UNROLL for (int m = 0; m < R; ++m)
         SF_UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = i_zero();
@@ -163,15 +191,18 @@ struct Int8WideTile {  // int8 weights, int16 activations: exact integers within
         SF_UNROLL for (int j = 0; j < 4; ++j) total[m][j] = f_fma(i_to_f(acc[m][j]), scale, total[m][j]);
       }
     }
+    if (suspend<R>(total, range, t.K)) return false;
     const float* scale = static_cast<const float*>(t.wscale);
     SF_UNROLL for (int m = 0; m < R; ++m) {
       f_hsum4(total[m][0], total[m][1], total[m][2], total[m][3], out[m]);
       SF_UNROLL for (int j = 0; j < 4; ++j) out[m][j] *= scale[min_l(n + j, t.N - 1)];
     }
+    return true;
   }
 };
 
 template <class S> struct Int4Tile {  // int4 weights in groups of 32 or 128 n, int16 activations
+  typedef int16_t X;
   static constexpr int C = W4_COLUMNS;
 
   static inline F group_scales(const S* scale, long group, long step) {
@@ -197,7 +228,7 @@ template <class S> struct Int4Tile {  // int4 weights in groups of 32 or 128 n, 
     }
   }
 
-  template <int R> static void run(const Tiles& t, long n, long m0, unsigned fetch, float out[][4]) {
+  template <int R> static bool run(const Tiles& t, long n, long m0, unsigned fetch, const Range& range, float out[][4]) {
     const long steps = t.K / W4_STEP, rest = t.K % W4_STEP;
     uint8_t last[4][W4_STEP / 2] = {};
     S last_scales[4][W4_STEP / 32] = {};
@@ -211,11 +242,12 @@ template <class S> struct Int4Tile {  // int4 weights in groups of 32 or 128 n, 
       memcpy(last_scales[j], scales[j] + steps * W4_STEP / t.group, size_t(ceil_div(rest, t.group)) * sizeof(S));
     }
     F total[R][4];
+    resume<R>(total, range, f_zero);
     SF_UNROLL for (int c = 0; c < 4; c += C) {
       F acc[R][C];
       SF_UNROLL for (int m = 0; m < R; ++m)
-        SF_UNROLL for (int j = 0; j < C; ++j) acc[m][j] = f_zero();
-      for (long s = 0; s < steps; ++s) {
+        SF_UNROLL for (int j = 0; j < C; ++j) acc[m][j] = total[m][c + j];
+      for (long s = range.k0 / W4_STEP; s < min_l(steps, range.k1 / W4_STEP); ++s) {
         const uint8_t* w[C];
         F scale[C];
         SF_UNROLL for (int j = 0; j < C; ++j) {
@@ -225,7 +257,7 @@ template <class S> struct Int4Tile {  // int4 weights in groups of 32 or 128 n, 
         }
         step<R>(acc, w, scale, t, m0, s);
       }
-      if (rest) {
+      if (rest && range.k1 >= t.K) {
         const uint8_t* w[C];
         F scale[C];
         SF_UNROLL for (int j = 0; j < C; ++j) {
@@ -237,7 +269,9 @@ template <class S> struct Int4Tile {  // int4 weights in groups of 32 or 128 n, 
       SF_UNROLL for (int m = 0; m < R; ++m)
         SF_UNROLL for (int j = 0; j < C; ++j) total[m][c + j] = acc[m][j];
     }
+    if (suspend<R>(total, range, t.K)) return false;
     SF_UNROLL for (int m = 0; m < R; ++m) f_hsum4(total[m][0], total[m][1], total[m][2], total[m][3], out[m]);
+    return true;
   }
 };
 

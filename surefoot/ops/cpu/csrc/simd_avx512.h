@@ -65,6 +65,21 @@ static inline void store(bf16* p, F x) {
 }
 static inline void store(f16* p, F x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, 0)); }
 
+// y[0 ... 3] = x + bias
+static inline __m128 sum4(const float* x, const float* bias) { return _mm_add_ps(_mm_loadu_ps(x), _mm_loadu_ps(bias)); }
+static inline void store4(float* y, const float* x, const float* bias) { _mm_storeu_ps(y, sum4(x, bias)); }
+static inline void store4(bf16* y, const float* x, const float* bias) {
+  const __m128 v = sum4(x, bias);
+  const __m128i u = _mm_castps_si128(v), odd = _mm_and_si128(_mm_srli_epi32(u, 16), _mm_set1_epi32(1));
+  const __m128i r = _mm_add_epi32(u, _mm_add_epi32(odd, _mm_set1_epi32(0x7fff)));
+  const __m128i quiet = _mm_or_si128(u, _mm_set1_epi32(0x400000)), nan = _mm_castps_si128(_mm_cmpunord_ps(v, v));
+  const __m128i top = _mm_srli_epi32(_mm_blendv_epi8(r, quiet, nan), 16);
+  _mm_storel_epi64((__m128i*)y, _mm_packus_epi32(top, top));
+}
+static inline void store4(f16* y, const float* x, const float* bias) {
+  _mm_storel_epi64((__m128i*)y, _mm_cvtps_ph(sum4(x, bias), 0));
+}
+
 static inline I i_zero() { return _mm512_setzero_si512(); }
 static inline I i_load(const int32_t* p) { return _mm512_loadu_si512(p); }
 static inline F i_to_f(I x) { return _mm512_cvtepi32_ps(x); }

@@ -56,6 +56,11 @@ template <class T> static inline void store(T* p, F x) {
   for (int i = 0; i < LANES; ++i) from_float(p + i, x.v[i]);
 }
 
+// y[0 ... 3] = x + bias
+template <class T> static inline void store4(T* y, const float* x, const float* bias) {
+  for (int j = 0; j < 4; ++j) from_float(y + j, x[j] + bias[j]);
+}
+
 static inline I i_zero() { return I{}; }
 static inline I i_load(const int32_t* p) {
   I r;
