@@ -6,7 +6,7 @@ first, so that attention and delta-rule kernels can split [decode | prefill] by 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -63,7 +63,6 @@ class Batch:
     num_decodes: int
     layers: list[KVPages | LinearState]
     rope_lens: torch.Tensor | None = None
-    query_start_host: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

@@ -46,7 +46,6 @@ class Request:
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     state_slot: int | None = None
-    first_token_time: float | None = None
     sampler_state: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
