@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from surefoot.core.errors import InputError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANT_SCHEMES = ("w8a16", "w8a8", "w4a16")
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,9 @@ class EngineConfig:
     num_state_checkpoints: recurrent-state snapshots kept for prefix caching of hybrid models; 0 turns it off there.
     ops: "auto" picks the best registered implementation of each op, "reference" forces the readable one.
     random_weights: seed for random weights instead of a checkpoint.
+    quant: quantise the weights while they stream in, by this scheme; a folder that is quantised already needs no flag.
+    quant_group_size: inputs that share an int4 scale; None takes the scheme's own.
+    quant_lm_head: quantise the output layer too, which is kept otherwise (faster decoding, larger errors).
     """
 
     device: str = "cpu"
@@ -35,12 +40,19 @@ class EngineConfig:
     ops: str = "auto"
     random_weights: int | None = None
     num_threads: int | None = None
+    quant: str | None = None
+    quant_group_size: int | None = None
+    quant_lm_head: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
         if self.ops not in ("auto", "reference"):
             raise InputError(f"ops must be 'auto' or 'reference', got {self.ops!r}")
+        if self.quant is not None and self.quant not in QUANT_SCHEMES:
+            raise InputError(f"unknown quantisation scheme {self.quant!r}: choose one of {', '.join(QUANT_SCHEMES)}")
+        if self.quant is None and (self.quant_group_size is not None or self.quant_lm_head):
+            raise InputError("quant_group_size and quant_lm_head belong to quant: say which scheme")
         for name in (
             "max_model_len",
             "max_num_seqs",
@@ -59,7 +71,10 @@ class EngineConfig:
 
 @dataclass
 class EngineInfo:
-    """What is in effect: enough that nobody has to read the code to know where a number came from."""
+    """What is in effect: enough that nobody has to read the code to know where a number came from.
+
+    quant: scheme, group_size, source ("folder" or "on load"), number of layers, and what was excluded; empty without.
+    """
 
     model: str
     architecture: str
@@ -77,6 +92,7 @@ class EngineInfo:
     state_bytes: int
     prefix_caching: str
     num_threads: int = 0
+    quant: dict[str, Any] = field(default_factory=dict)
     ops: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -16,16 +15,12 @@ from surefoot.core.config import EngineConfig, EngineInfo
 from surefoot.core.errors import InputError, ModelError
 from surefoot.core.request import Request
 from surefoot.device import Device, get_device
+from surefoot.engine import quantised
 from surefoot.engine.engine import Engine
 from surefoot.engine.runner import Runner
 from surefoot.engine.scheduler import Scheduler
-from surefoot.layers.quant_linear import QuantiseOnLoad, quantised, shapes
 from surefoot.models.base import CausalLM
 from surefoot.models.registry import build
-from surefoot.quant.schemes import Scheme
-from surefoot.quant.schemes import scheme as quant_scheme
-from surefoot.quant.select import describe as describe_selection
-from surefoot.quant.select import select
 from surefoot.weights.checkpoint import Checkpoint
 from surefoot.weights.hub import resolve
 from surefoot.weights.load import LoadReport, load_weights, random_weights
@@ -42,12 +37,12 @@ TINY_PARAMETERS = 16_000_000
 def load_engine(model_ref: str, config: EngineConfig, progress: Progress | None = None) -> Engine:
     """See `Engine.load`."""
     device = get_device(config.device)
-    scheme = quant_scheme(config.quant, config.quant_group_size) if config.quant else None
+    scheme = quantised.scheme_of(config)
     folder = resolve(model_ref, progress=progress)
     checkpoint = Checkpoint(folder)
     model = build(checkpoint.config)
-    num_parameters = count_parameters(model)
-    converter = quantise_on_load(model, scheme, config)
+    num_parameters = quantised.count_parameters(model)
+    converter = quantised.on_load(model, scheme, config.quant_lm_head)
     set_threads(num_parameters, config, device)
     dtype, note = device.resolve_dtype(config.dtype, checkpoint_dtype(checkpoint.config))
     notes = [*device.notes, note] if note else [*device.notes]
@@ -64,38 +59,9 @@ def load_engine(model_ref: str, config: EngineConfig, progress: Progress | None 
     runner = Runner(model, cache, block_size=block_size, dtype=dtype, device=device.torch_device, ops_policy=config.ops)
     scheduler, caching = make_scheduler(model, cache, config, block_size)
     info = describe(model_ref, model, device, dtype, report, cache, config, block_size, caching, notes + cache.notes)
-    info.num_parameters = num_parameters
-    info.quant = describe_quant(model, converter)
+    info.num_parameters, info.quant = num_parameters, quantised.describe(model, converter)
     eos = tokenizer.eos_token_ids if tokenizer is not None else eos_of(checkpoint.config)
     return Engine(runner, scheduler, config, info, tokenizer, eos)
-
-
-def quantise_on_load(model: CausalLM, scheme: Scheme | None, config: EngineConfig) -> QuantiseOnLoad | None:
-    """What quantises the weights while they stream in, if that was asked for."""
-    if scheme is None:
-        return None
-    if quantised(model):
-        raise InputError(f"the folder is quantised already, so it cannot be quantised by {scheme.name}: leave that out")
-    return QuantiseOnLoad(select(shapes(model), scheme, model.quant_exclude, config.quant_lm_head))
-
-
-def describe_quant(model: CausalLM, converter: QuantiseOnLoad | None) -> dict[str, Any]:
-    """For `EngineInfo.quant`: what is in effect, empty for a model in full precision."""
-    layers = quantised(model)
-    if not layers:
-        return {}
-    schemes = [layer.scheme for layer in layers.values()]
-    if converter is not None:
-        return describe_selection(schemes, converter.selection.excluded, "on load")
-    return describe_selection(schemes, shapes(model), "folder")
-
-
-def count_parameters(model: CausalLM) -> int:
-    """Weights of the model, each counted once however it is stored; scales of quantised layers do not count."""
-    layers = quantised(model)
-    stored = {f"{name}.{leaf}" for name in layers for leaf in ("weight", "weight_packed", "weight_scale", "weight_shape")}
-    plain = sum(p.numel() for name, p in model.named_parameters() if name not in stored)
-    return plain + sum(layer.in_features * layer.out_features for layer in layers.values())
 
 
 def set_threads(num_parameters: int, config: EngineConfig, device: Device) -> None:

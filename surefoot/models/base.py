@@ -12,6 +12,7 @@ from surefoot.cache.plan import LinearStateSpec, PagedKVSpec
 from surefoot.core.batch import Batch
 from surefoot.core.errors import ModelError
 from surefoot.layers.linear import Embedding, Linear
+from surefoot.layers.quant_linear import QuantLinear
 from surefoot.layers.rotary import RotaryEmbedding
 
 
@@ -34,12 +35,14 @@ class CausalLM(nn.Module):
 
     forward(batch) -> hidden states [T, hidden] after the last norm; compute_logits(hidden) -> [..., vocab].
     ignored: regexes of checkpoint tensors that the model knowingly does not use.
+    quant_exclude: regexes of whole module paths: linear layers that quantisation keeps as they are.
     tied: {parameter: the parameter whose tensor it shares}.
     """
 
     ignored: tuple[str, ...] = ()
+    quant_exclude: tuple[str, ...] = (r"lm_head",)
     architecture: str = ""
-    lm_head: Linear
+    lm_head: Linear | QuantLinear
 
     def __init__(self, *, vocab_size: int, hidden_size: int, max_position_embeddings: int, initializer_range: float):
         super().__init__()
@@ -51,6 +54,7 @@ class CausalLM(nn.Module):
     def tie_lm_head(self, embedding_name: str) -> None:
         embedding = self.get_submodule(embedding_name)
         assert isinstance(embedding, Embedding)
+        assert isinstance(self.lm_head, Linear)
         self.lm_head.weight = embedding.weight
         self.tied = {"lm_head.weight": f"{embedding_name}.weight"}
 
@@ -81,7 +85,7 @@ class CausalLM(nn.Module):
 
     def finalize(self) -> None:
         """Compute what derives from the weights; called once, when all parameters are real."""
-        device = self.lm_head.weight.device
+        device = next(self.parameters()).device
         for module in self.modules():
             if isinstance(module, RotaryEmbedding):
                 module.finalize(device)

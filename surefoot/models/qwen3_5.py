@@ -192,6 +192,8 @@ class Qwen3_5CausalLM(CausalLM):
     """What both containers share."""
 
     config: Qwen3_5Config
+    # One output per head: small, and they set the decay and the step of the recurrent state.
+    quant_exclude = (*CausalLM.quant_exclude, r".*\.in_proj_[ab]")
 
     def _init_base(self, config: Qwen3_5Config) -> None:
         CausalLM.__init__(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surefoot.core.errors import ModelError
+from surefoot.layers.quant_linear import adopt_folder
+from surefoot.quant.compressed_tensors import parse
 
 if TYPE_CHECKING:
     from surefoot.models.base import CausalLM
@@ -36,11 +38,15 @@ def architecture_of(config: dict[str, Any]) -> str:
 
 
 def build(config: dict[str, Any]) -> CausalLM:
-    """The model for this HF config, without memory for its parameters (meta device)."""
+    """The model for this HF config, without memory for its parameters (meta device).
+
+    Layers that the config calls quantised want the tensors of a quantised folder.
+    """
     name = architecture_of(config)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(f"quantised checkpoints (here: {method}) cannot be loaded yet; use the unquantised model")
+    folder = parse(config)
     cls = getattr(importlib.import_module(ARCHITECTURES[name]), name)
     with torch.device("meta"):
-        return cls(config)
+        model = cls(config)
+    if folder is not None:
+        adopt_folder(model, folder, model.tied)
+    return model

@@ -5,11 +5,11 @@ A weight is rounded matrix by matrix, with no data, so that a model can be quant
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from surefoot.core.errors import InputError
+from surefoot.core.errors import InputError, ModelError
 from surefoot.ops.quant import pack_int4
 
 
@@ -27,14 +27,28 @@ class Scheme:
         """With a 16-bit scale per group."""
         return self.bits + (16 / self.group_size if self.group_size else 0)
 
+    def __str__(self) -> str:
+        return f"{self.name}, groups of {self.group_size}" if self.group_size else self.name
+
 
 SCHEMES = {s.name: s for s in (Scheme("w8a16", 8, "float"), Scheme("w8a8", 8, "int8"), Scheme("w4a16", 4, "float", 32))}
 
 
-def scheme(name: str) -> Scheme:
+GROUP_SIZES = (32, 64, 128)
+
+
+def scheme(name: str, group_size: int | None = None) -> Scheme:
+    """The scheme of that name; `group_size` replaces its default (int4 only)."""
     if name not in SCHEMES:
         raise InputError(f"unknown quantisation scheme {name!r}: choose one of {', '.join(SCHEMES)}")
-    return SCHEMES[name]
+    found = SCHEMES[name]
+    if group_size is None:
+        return found
+    if found.group_size is None:
+        raise InputError(f"{name} has one scale per output channel and takes no group size")
+    if group_size not in GROUP_SIZES:
+        raise InputError(f"group size {group_size} is not supported: choose one of {', '.join(map(str, GROUP_SIZES))}")
+    return replace(found, group_size=group_size)
 
 
 def quantise_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,3 +77,16 @@ def quantise_int4(
     scale = (groups.abs().amax(-1) / 7.5).to(scale_dtype)
     q = torch.round(groups / scale.float().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1))
     return pack_int4(q.clamp_(-8, 7).flatten(-2)), scale
+
+
+def quantise_rows(rows: torch.Tensor, scheme: Scheme, name: str) -> dict[str, torch.Tensor]:
+    """Rows of the weight `name` [n, in], rounded: {"weight" int8 | "weight_packed" int32, "weight_scale"}."""
+    if scheme.bits == 8:
+        q, scale = quantise_int8(rows)
+    else:
+        # Scales get the type that the weights were stored in, but never 32 bits: one per group adds up.
+        dtype = rows.dtype if rows.dtype.itemsize == 2 else torch.bfloat16
+        q, scale = quantise_int4(rows, scheme.group_size or rows.shape[-1], dtype)
+    if not bool(torch.isfinite(scale).all()):
+        raise ModelError(f"{name} holds NaN or infinity and cannot be quantised")
+    return {"weight" if scheme.bits == 8 else "weight_packed": q, "weight_scale": scale}

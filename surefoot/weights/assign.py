@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,13 +22,43 @@ class LoadReport:
     ignored: dict[str, int] = field(default_factory=dict)
 
 
+class Converter(Protocol):
+    """Holds some weights in another form than the checkpoint does (quantised), without ever holding them whole."""
+
+    def takes(self, name: str) -> bool:
+        """Whether this model tensor is converted."""
+        ...
+
+    def convert(
+        self, name: str, layer: nn.Module, pieces: Iterable[torch.Tensor], device: torch.device | str
+    ) -> nn.Module:
+        """The module that takes `layer`'s place, from consecutive rows of its weight. May run on any thread."""
+        ...
+
+    def place(self, model: nn.Module, name: str, layer: nn.Module) -> None:
+        """Put it there."""
+        ...
+
+
+CONVERT_BYTES = 4 << 20  # rows handed to a converter at a time; its scratch is a few times that
+
+
 def tensor_slots(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by name: what a checkpoint of this model consists of."""
     return model.state_dict(keep_vars=True)
 
 
-def held_dtype(model: Any, name: str, slot: torch.Tensor, default: torch.dtype) -> torch.dtype:
-    return model.param_dtype(name, default) if slot.is_floating_point() else slot.dtype
+def held_dtype(
+    model: Any, name: str, slot: torch.Tensor, default: torch.dtype, stored: torch.dtype | None = None
+) -> torch.dtype:
+    """The dtype in which the model wants this tensor; a module may decide it itself by `held_dtype`."""
+    if not slot.is_floating_point():
+        return slot.dtype
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if stored is not None and hasattr(module, "held_dtype"):
+        return module.held_dtype(leaf, stored, default)
+    return model.param_dtype(name, default)
 
 
 def place(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -38,6 +68,13 @@ def place(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     if leaf in module._parameters:
         tensor = nn.Parameter(tensor, requires_grad=False)
     setattr(module, leaf, tensor)
+
+
+def place_converted(model: Any, converter: Converter, name: str, layer: nn.Module) -> int:
+    """Bytes of the weight in its new form. A tied weight that was converted has a tensor of its own from now on."""
+    converter.place(model, name, layer)
+    model.tied.pop(name, None)
+    return sum(p.nbytes for key, p in layer.named_parameters() if key != "bias")
 
 
 def tie(model: Any) -> None:

@@ -159,6 +159,14 @@ class Checkpoint:
         flat = buffer[: buffer.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
         yield from self._read(name, flat, flat.numel(), reuse=True)
 
+    def rows(self, name: str, max_bytes: int) -> Iterator[torch.Tensor]:
+        """Yield a matrix as consecutive rows [n, in] of at most about `max_bytes`; each piece lives until the next."""
+        info = self.info(name)
+        row_bytes = info.shape[1] * info.dtype.itemsize
+        buffer = torch.empty(max(1, max_bytes // row_bytes) * row_bytes, dtype=torch.uint8)
+        for _, piece in self.chunks(name, buffer):
+            yield piece.view(-1, info.shape[1])
+
     def _read(self, name: str, out: torch.Tensor, step: int, reuse: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
         """Read `step` elements at a time into `out`, from its start again each time if `reuse`."""
         info = self.info(name)

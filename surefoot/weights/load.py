@@ -4,7 +4,8 @@ Loading is strict: each tensor of the checkpoint is used or matches one of `mode
 persistent buffer of the model is filled, shapes agree; otherwise one error lists all that is wrong, nothing is loaded.
 
 Memory: parameters are ordinary memory in the dtype they are held in, read straight from the file or, where the dtype or
-the device differs, through a buffer of 16 MB. The peak is the weights as held plus that buffer.
+the device differs, through a buffer of 16 MB. The peak is the weights as held plus that buffer. A `Converter` takes
+weights row by row to hold them quantised; the peak is then the quantised weights plus some buffers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ import torch
 from torch import nn
 
 from surefoot.core.errors import ModelError
-from surefoot.weights.assign import LoadReport, Progress, held_dtype, place, tensor_slots, tie
+from surefoot.weights.assign import (
+    CONVERT_BYTES,
+    Converter,
+    LoadReport,
+    Progress,
+    held_dtype,
+    place,
+    place_converted,
+    tensor_slots,
+    tie,
+)
 from surefoot.weights.checkpoint import CHUNK_BYTES, Checkpoint
 from surefoot.weights.header import TensorInfo
 from surefoot.weights.messages import some
@@ -47,6 +58,7 @@ def load_weights(
     device: torch.device | str,
     dtype: torch.dtype,
     progress: Progress | None = None,
+    converter: Converter | None = None,
 ) -> LoadReport:
     """Fill `model` from `checkpoint`. `dtype` is the default; `model.param_dtype` may hold some tensors otherwise."""
     started = time.monotonic()
@@ -60,19 +72,36 @@ def load_weights(
         name = plan.sources.get(source)
         if name is None:
             continue
-        tensor = torch.empty(info.shape, dtype=held_dtype(model, name, slots[name], dtype), device=device)
-        _read(checkpoint, source, tensor, buffer)
-        place(model, name, tensor)
-        report.bytes += tensor.nbytes
+        if converter and converter.takes(name):
+            report.bytes += _convert(model, name, checkpoint, source, device, converter)
+        else:
+            held = held_dtype(model, name, slots[name], dtype, info.dtype)
+            tensor = torch.empty(info.shape, dtype=held, device=device)
+            _read(checkpoint, source, tensor, buffer)
+            place(model, name, tensor)
+            report.bytes += tensor.nbytes
         done += info.nbytes
         if progress:
             progress("loading weights", done / total)
     for alias, name in plan.aliases.items():
         _check_equal(checkpoint, alias, name, model, buffer)
+    if converter:
+        sources = {name: source for source, name in plan.sources.items()}
+        for alias, name in list(model.tied.items()):
+            if converter.takes(alias):
+                report.bytes += _convert(model, alias, checkpoint, sources[name], device, converter)
     tie(model)
     model.finalize()
     report.seconds = time.monotonic() - started
     return report
+
+
+def _convert(
+    model: Any, name: str, checkpoint: Checkpoint, source: str, device: torch.device | str, converter: Converter
+) -> int:
+    layer = model.get_submodule(name.rpartition(".")[0])
+    converted = converter.convert(name, layer, checkpoint.rows(source, CONVERT_BYTES), device)
+    return place_converted(model, converter, name, converted)
 
 
 def match(model: Any, checkpoint: Checkpoint) -> Plan:
@@ -124,8 +153,8 @@ def _complain(checkpoint: Checkpoint, missing: list[str], unexpected: list[str],
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
     for config in (checkpoint.config, checkpoint.config.get("text_config")):
         quantisation = config.get("quantization_config") if isinstance(config, dict) else None
-        if quantisation:
-            method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else "?"
+        method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else "?"
+        if quantisation and method != "compressed-tensors":
             raise ModelError(
                 f"{checkpoint.folder} is quantised (quant_method {method!r}), which is not supported yet: "
                 "use the BF16, F16 or F32 version of the model"

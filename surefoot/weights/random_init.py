@@ -13,8 +13,19 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
+from torch import nn
 
-from surefoot.weights.assign import LoadReport, Progress, held_dtype, place, tensor_slots, tie
+from surefoot.weights.assign import (
+    CONVERT_BYTES,
+    Converter,
+    LoadReport,
+    Progress,
+    held_dtype,
+    place,
+    place_converted,
+    tensor_slots,
+    tie,
+)
 
 BUFFER_ELEMENTS = 4 << 20
 SMALL_ELEMENTS = 64 << 10
@@ -26,6 +37,7 @@ def random_weights(
     device: torch.device | str,
     dtype: torch.dtype,
     progress: Progress | None = None,
+    converter: Converter | None = None,
 ) -> LoadReport:
     """Fill `model` through `model.init_weight(name, tensor, generator)`.
 
@@ -33,7 +45,10 @@ def random_weights(
     the other with the same generator; what `init_weight` does must not depend on how many rows it sees.
     """
     started = time.monotonic()
-    slots = {name: slot for name, slot in tensor_slots(model).items() if name not in model.tied}
+    # What is tied to another tensor has none of its own, unless it is converted.
+    own = {name: name for name in tensor_slots(model) if name not in model.tied}
+    own |= {alias: name for alias, name in model.tied.items() if converter and converter.takes(alias)}
+    slots = {name: slot for name, slot in tensor_slots(model).items() if name in own}
     total = sum(slot.numel() for slot in slots.values()) or 1
     report = LoadReport(used=len(slots))
     done = 0
@@ -44,21 +59,32 @@ def random_weights(
     for _ in range(workers):
         buffers.put(torch.empty(BUFFER_ELEMENTS))
 
-    def fill(name: str) -> tuple[str, torch.Tensor]:
+    def fill(name: str) -> tuple[str, torch.Tensor | nn.Module]:
+        convert = converter is not None and converter.takes(name)
         buffer = buffers.get()
         try:
-            tensor = torch.empty(slots[name].shape, dtype=held_dtype(model, name, slots[name], dtype), device=device)
-            draw(model, name, tensor, seed, buffer)
-            return name, tensor
+            where = "cpu" if convert else device
+            tensor = torch.empty(slots[name].shape, dtype=held_dtype(model, name, slots[name], dtype), device=where)
+            draw(model, own[name], tensor, seed, buffer)
         finally:
             buffers.put(buffer)
+        if not convert:
+            return name, tensor
+        assert converter is not None
+        layer = model.get_submodule(name.rpartition(".")[0])
+        rows = max(1, CONVERT_BYTES // (tensor.shape[1] * tensor.itemsize))
+        return name, converter.convert(name, layer, tensor.split(rows), device)
 
     with ThreadPoolExecutor(max_workers=workers) as pool:
         for future in as_completed([pool.submit(fill, name) for name in order]):
-            name, tensor = future.result()
-            place(model, name, tensor)
-            report.bytes += tensor.nbytes
-            done += tensor.numel()
+            name, made = future.result()
+            if isinstance(made, torch.Tensor):
+                place(model, name, made)
+                report.bytes += made.nbytes
+            else:
+                assert converter is not None
+                report.bytes += place_converted(model, converter, name, made)
+            done += slots[name].numel()
             if progress:
                 progress("drawing random weights", done / total)
     tie(model)
