@@ -12,7 +12,7 @@ from surefoot.ops.linear import embedding, linear
 from surefoot.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
 from surefoot.ops.quant import linear_w4, linear_w8
 from surefoot.ops.rotary import rotary
-from surefoot.ops.spec import REGISTRY, chosen, forget_chosen, use
+from surefoot.ops.spec import REGISTRY, chosen, forget_chosen, intercept, use
 
 from surefoot.ops import cpu, torch_native  # noqa: F401  isort: skip  (register implementations)
 
@@ -28,6 +28,7 @@ __all__ = [
     "gated_delta_chunk",
     "gated_delta_step",
     "gated_rms_norm",
+    "intercept",
     "kv_write",
     "linear",
     "linear_w4",

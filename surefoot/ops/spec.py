@@ -7,6 +7,7 @@ estimate, and the replay that names the faulty op when a proof fails.
     y = ops.rms_norm(x, weight, eps)             # picks the best implementation registered for x's device
     with ops.use("reference"): ...               # forces the readable one
     ops.chosen()                                 # {"rms_norm/cpu": "avx512", ...}: what has been picked so far
+    with ops.intercept(handler): ...             # each call passes through handler: counted, timed, or only shaped
 """
 
 from __future__ import annotations
@@ -82,9 +83,13 @@ class OpSpec:
         return [i for i in self.implementations if i.device in (device_type, "any")]
 
 
+# handler(spec, args, kwargs, run) returns the call's result; run() computes it.
+Handler = Callable[[OpSpec, tuple, dict, Callable[[], Any]], Any]
+
 REGISTRY: dict[str, OpSpec] = {}
 # NOTE: a context variable, not a plain global: two threads may dispatch by different policies at once.
 _policy: contextvars.ContextVar[str] = contextvars.ContextVar("op_policy", default="auto")
+_handler: contextvars.ContextVar[Handler | None] = contextvars.ContextVar("op_handler", default=None)
 _chosen: dict[str, str] = {}
 
 
@@ -116,6 +121,16 @@ def use(policy: str) -> Iterator[None]:
         _policy.reset(token)
 
 
+@contextlib.contextmanager
+def intercept(handler: Handler) -> Iterator[None]:
+    """Within the block, every op call is handed to `handler` instead of being computed; it calls `run` if it wants to."""
+    token = _handler.set(handler)
+    try:
+        yield
+    finally:
+        _handler.reset(token)
+
+
 def chosen() -> dict[str, str]:
     """Which implementation each op took last, by "op/device"."""
     return dict(_chosen)
@@ -127,6 +142,13 @@ def forget_chosen() -> None:
 
 def dispatch(spec: OpSpec, device_type: str, args: tuple, kwargs: dict) -> Any:
     """Run the first implementation that takes these arguments, else the reference."""
+    handler = _handler.get()
+    if handler is None:
+        return _compute(spec, device_type, args, kwargs)
+    return handler(spec, args, kwargs, lambda: _compute(spec, device_type, args, kwargs))
+
+
+def _compute(spec: OpSpec, device_type: str, args: tuple, kwargs: dict) -> Any:
     if _policy.get() == "auto":
         for impl in spec.implementations:
             if impl.device in (device_type, "any") and (impl.supports is None or impl.supports(*args, **kwargs)):
