@@ -68,9 +68,7 @@ class Chip:
 # torch_npu 2.13.0, torch_npu/csrc/core/npu/NpuVariables.h (enum SocVersion) and IsBF16Supported: bf16 from 910B1 on.
 _SOC = "SoC number and bf16: torch_npu 2.13.0 (NpuVariables.h)"
 _NONE = f"{_SOC}; peaks: Huawei publishes none for the bare chip"
-_CLOUDMATRIX = (
-    "Serving Large Language Models on Huawei CloudMatrix384, arXiv 2506.12708: a package of two such dies has"
-)
+_CLOUDMATRIX = "Huawei CloudMatrix384 (arXiv 2506.12708): a package of two such dies has"
 _950 = "keynote of Huawei Connect, Shanghai, 2025-09-18; it gives FP8 and FP4 peaks only (1 and 2 PFLOP/s)"
 _NPU_SMI = "total of the HBM-Usage column of npu-smi"
 GB, GIB = 10**9, 1 << 30
@@ -175,7 +173,7 @@ def find(device: str, name: str = "", soc: int | None = None) -> Chip | None:
 
 
 def lookup(said: str) -> Chip | None:
-    """The row that a person means by "H200", "910B4", "Ascend 910C"; None if there is none or more than one could be."""
+    """The row that a person means by "H200", "910B4" or "Ascend 910C"; None if there is none, or several could be."""
     key = _key(said)
     return next((chip for chip in CHIPS if key in {_key(chip.name), *map(_key, chip.aliases)}), None)
 
