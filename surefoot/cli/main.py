@@ -1,7 +1,7 @@
 """The front door: `surefoot VERB ...`. Each verb is a thin function in its own file; heavy imports happen inside it.
 
 Errors end in one line on stderr, never in a traceback unless --debug asks for it. Exit codes: 0 done, 1 a check failed
-or a bug showed, 2 the input or the environment is at fault, 130 interrupted.
+or a bug showed, 2 the input or the environment is at fault, 3 a proof could not be decided, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from surefoot import __version__
-from surefoot.cli import info, run, selftest, serve
+from surefoot.cli import info, proof, quantize, run, selftest, serve, verify
 from surefoot.core.errors import SurefootError
 
 app = typer.Typer(
@@ -26,7 +26,8 @@ app = typer.Typer(
     "\b\nExamples:\n"
     '  surefoot run canary-llama "What is the capital of France?"\n'
     "  surefoot serve canary-qwen3.5 --port 8000\n"
-    "  surefoot selftest --device cpu",
+    "  surefoot selftest --device cpu\n"
+    "  surefoot verify canary-llama --dtype bfloat16",
 )
 
 
@@ -52,6 +53,9 @@ def _globals(
 app.command("run", short_help="Answer one prompt, a file of prompts, or chat.")(run.run)
 app.command("serve", short_help="Serve a model in OpenAI's protocol.")(serve.serve)
 app.command("selftest", short_help="Check that a device computes right.")(selftest.selftest)
+app.command("verify", short_help="Prove that a model computes the right thing.")(verify.verify)
+app.add_typer(proof.app, name="proof", short_help="Check, show or compare proofs.")
+app.command("quantize", short_help="Write a quantised copy of a model.")(quantize.quantize)
 app.command("info", short_help="Show what is in effect for a model.")(info.info)
 
 

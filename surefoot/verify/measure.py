@@ -52,11 +52,13 @@ class Measurer:
         return torch.finfo(self.dtype).eps
 
     def nulls(self, run: Callable[[Backend], Any]) -> Iterator[tuple[str, Any]]:
-        """`run(expected)` under each variant; in another dtype than the reference's also as it is."""
-        if self.expected is not self.reference:
-            yield "as it is", run(self.expected)
+        """`run(expected)` under each variant; in another dtype than the reference's the first is run as it is."""
         model = model_of(self.expected)
         for seed, variant in enumerate(self.variants):
+            if variant is DITHER and self.expected is not self.reference:
+                self.tick("noise of the dtype: as it is")
+                yield "as it is", run(self.expected)
+                continue
             self.tick(f"noise of the dtype: {variant.name}")
             if model is not None:
                 with variant.apply(model, seed):
@@ -141,8 +143,7 @@ class Measurer:
         if ours is None or theirs is None:
             return {"not_possible": "the modules of one side cannot be seen"}
         modules: list[Evidence] = []
-        count = len(self.variants) + (self.expected is not self.reference)
-        for pattern in patterns(ours, len(ids), count + 2):
+        for pattern in patterns(ours, len(ids), len(self.variants) + 2):
             self.tick("layers of the reference")
             right = _outputs(self.reference, ids, pattern)
             nulls = [found for _, found in self.nulls(lambda b, p=pattern: _outputs(b, ids, p))]  # type: ignore[misc]
@@ -150,12 +151,11 @@ class Measurer:
             run = _outputs(self.target, ids, pattern)
             for path in (p for p in right if p in run):
                 modules.append(self._module(path, right[path], [n[path] for n in nulls], run[path]))
-        length = [len(ids)]
         return {
             "device": self.device,
             "modules": modules,
             "sequence": pack_index(np.zeros(len(ids), int)),
-            "position": pack_index(np.concatenate([np.arange(n) for n in length])),
+            "position": pack_index(np.arange(len(ids))),
         }
 
     def _module(self, path: str, right: torch.Tensor, nulls: list[torch.Tensor], run: torch.Tensor) -> Evidence:

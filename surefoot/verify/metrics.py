@@ -49,38 +49,42 @@ def logit_rows(reference: torch.Tensor, run: torch.Tensor) -> Rows:
 
 def _logit_part(r: torch.Tensor, x: torch.Tensor) -> dict[str, torch.Tensor]:
     both = torch.isfinite(r) & torch.isfinite(x)
+    clean = bool(both.all())
     count = both.sum(-1).clamp(min=1)
-    error = _centre(torch.where(both, x - r, 0.0), both)
-    centred = _centre(r, both)
-    chosen = x.nan_to_num(nan=float("-inf")).argmax(-1, keepdim=True)
+    error = x - r if clean else torch.where(both, x - r, 0.0)
+    kl = _kl(r, x, error, both)
+    error, centred = _centre(error, both), _centre(r, both)
+    chosen = (x if clean else x.nan_to_num(nan=float("-inf"))).argmax(-1, keepdim=True)
     return {
-        "kl": _kl(r, x, both),
+        "kl": kl,
         "err": error.square().sum(-1).div(count).sqrt(),
         "worst": error.abs().amax(-1),
         "gain": (error * centred).sum(-1) / centred.square().sum(-1).clamp(min=1e-300),
         "flip": r.amax(-1) - r.gather(-1, chosen).squeeze(-1),
-        "odd": _odd(r, x),
+        "odd": torch.zeros(len(r)) if clean else _odd(r, x),
         "zeros": ((r == 0) & (x == 0) & (r.signbit() != x.signbit())).sum(-1),
     }
 
 
 def _centre(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """x minus its mean over `keep`, 0 elsewhere."""
+    if bool(keep.all()):
+        return x - x.mean(-1, keepdim=True)
     kept = torch.where(keep, x, 0.0)
     mean = kept.sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp(min=1)
     return torch.where(keep, kept - mean, 0.0)
 
 
-def _kl(r: torch.Tensor, x: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
+def _kl(r: torch.Tensor, x: torch.Tensor, error: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
     """log sum p exp(e - <e>_p), e = x - r: no cancellation between nearly equal numbers."""
-    p = torch.where(both, r, float("-inf")).softmax(-1)
-    e = torch.where(both, x - r, 0.0)
-    e = e - (p * e).sum(-1, keepdim=True)
-    small = torch.log1p((p * e.clamp(max=50).expm1()).sum(-1))
-    logq = torch.where(both, x, float("-inf")).log_softmax(-1)
-    logp = torch.where(both, r, float("-inf")).log_softmax(-1)
-    large = torch.where(p > 0, p * (logp - logq), 0.0).sum(-1)
-    return torch.where(e.abs().amax(-1) < 1, small, large).nan_to_num(nan=float("inf")).clamp(min=0)
+    p = r.masked_fill(~both, float("-inf")).softmax(-1)
+    e = error - (p * error).sum(-1, keepdim=True)
+    kl = torch.log1p((p * e.clamp(max=50).expm1()).sum(-1))
+    far = e.abs().amax(-1) >= 1
+    if bool(far.any()):
+        logs = [v[far].masked_fill(~both[far], float("-inf")).log_softmax(-1) for v in (r, x)]
+        kl[far] = torch.where(p[far] > 0, p[far] * (logs[0] - logs[1]), 0.0).sum(-1)
+    return kl.nan_to_num(nan=float("inf")).clamp(min=0)
 
 
 def _odd(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

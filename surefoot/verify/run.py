@@ -8,9 +8,11 @@ the evidence so far is written to `partial`, marked as such, so that an interrup
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,9 @@ import torch
 
 from surefoot.backends import Backend, open_backend
 from surefoot.core.errors import InputError
-from surefoot.core.sampling import SamplingParams
 from surefoot.verify import checks, gate, prompts, texts
 from surefoot.verify.calibrate import model_of
+from surefoot.verify.continuation import greedy
 from surefoot.verify.judge import RULES
 from surefoot.verify.measure import Measurer
 from surefoot.verify.proof import FORMAT, Proof, jsonable
@@ -92,25 +94,15 @@ class Session:
             prompt.ids = self.text.ids(prompt)
             if not 0 < len(prompt.ids) < limit:
                 raise InputError(f"prompt {prompt.name!r} has {len(prompt.ids)} tokens, the model takes {limit}")
-        asked.sequences = [p.ids + c for p, c in zip(asked.prompts, self._continue(asked.prompts, limit))]
+        given = [p.ids for p in asked.prompts]
+        self.tick("the reference's answers")
+        asked.sequences = greedy(self.reference, self.target, given, settings.continuation_tokens, limit)
         asked.sequences.append(self.text.long_ids(min(settings.long_tokens, limit)))
         self.asked = asked
 
     def _limit(self) -> int:
         sides = (getattr(getattr(b, "engine", b), "max_model_len", None) for b in (self.reference, self.target))
         return min((n for n in sides if n), default=1 << 30) - 1
-
-    def _continue(self, asked: list[prompts.Prompt], limit: int) -> list[list[int]]:
-        found = []
-        for i, prompt in enumerate(asked):
-            self.tick(f"reference's answers {i + 1}/{len(asked)}")
-            count = min(self.settings.continuation_tokens, limit - len(prompt.ids))
-            if count < 1:
-                found.append([])
-                continue
-            params = SamplingParams(max_tokens=count, ignore_eos=True)
-            found.append(self.reference.generate([prompt.ids], params)[0].token_ids)
-        return found
 
     # ---- checks
 
@@ -293,7 +285,20 @@ def verify(
     partial: Path | None = None,
 ) -> Proof:
     """Compare target with reference. `partial`: where evidence is kept while running."""
-    return Session(reference, target, settings, progress, partial).work()
+    with _quiet():
+        return Session(reference, target, settings, progress, partial).work()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' advice about optional kernels."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def open_reference(settings: VerifySettings) -> Backend:
@@ -306,3 +311,15 @@ def open_reference(settings: VerifySettings) -> Backend:
 
 def open_target(settings: VerifySettings) -> Backend:
     return open_backend(settings.backend, settings.model, settings.target_config())
+
+
+def prove(settings: VerifySettings, progress: Progress | None = None, partial: Path | None = None) -> Proof:
+    """Open both sides as the settings say and compare them."""
+    if settings.url is not None:
+        from surefoot.verify.remote import prove_endpoint
+
+        return prove_endpoint(settings, progress, partial)
+    if progress is not None:
+        progress("loading the model", None)
+    target = open_target(settings)
+    return verify(open_reference(settings), target, settings, progress, partial)

@@ -1,0 +1,123 @@
+"""`surefoot verify`: prove that a model computes the right thing; exit code 0 proven, 1 refuted, 3 undecided."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from surefoot.cli.flags import ENGINE, Model, flags
+from surefoot.core.config import EngineConfig
+from surefoot.core.errors import InputError, SurefootError
+
+if TYPE_CHECKING:
+    from surefoot.verify.shapes import VerifySettings
+
+NOT_YET = {
+    "quant": "--quant: this engine has no quantised schemes yet; prove the float model",
+    "graph": "--graph: this engine has no graph mode yet; everything runs eagerly",
+    "vllm": "--backend vllm is not there yet: start `vllm serve` and prove it with --url http://HOST:PORT",
+}
+
+TARGET = {name: ENGINE[name] for name in ("device", "dtype", "ops", "random_weights", "num_threads")}
+Backend = Annotated[str, typer.Option(metavar="NAME", help="The target: native or transformers.")]
+Url = Annotated[str | None, typer.Option(metavar="URL", help="An OpenAI-compatible server as the target instead.")]
+Name = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="Which model of the server; default its only.")
+]
+Key = Annotated[str | None, typer.Option("--api-key", metavar="KEY", help="Key for the server.")]
+Prompts = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Prompts, a line each or JSONL; default the built-in set.")
+]
+Streamed = Annotated[
+    bool, typer.Option("--streamed-reference", help="Reference layer by layer, for models larger than the memory.")
+]
+SkipParity = Annotated[bool, typer.Option("--skip-parity", help="Leave out batched = alone, cached = fresh, ...")]
+Drill = Annotated[
+    bool, typer.Option("--drill", help="Instead of a proof: plant faults and see whether each is found and named.")
+]
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where the proof goes.")]
+Quant = Annotated[str | None, typer.Option(metavar="SCHEME", hidden=True)]
+Graph = Annotated[bool, typer.Option("--graph", hidden=True)]
+
+
+@flags(EngineConfig, "config", TARGET)
+def verify(
+    model: Model,
+    backend: Backend = "native",
+    url: Url = None,
+    url_model: Name = None,
+    api_key: Key = None,
+    prompts: Prompts = None,
+    streamed_reference: Streamed = False,
+    skip_parity: SkipParity = False,
+    drill: Drill = False,
+    output: Output = Path("proof.json"),
+    quant: Quant = None,
+    graph: Graph = False,
+    *,
+    config: EngineConfig,
+) -> None:
+    """Compare a model on a device, token by token, with transformers in fp32 on the CPU.
+
+    The checks go from the template to the engine's paths and stop where the first fails; then the module at fault is
+    sought and its cause named. Exit code 0 proven, 1 refuted, 3 undecided, 2 bad input.
+
+    \b
+    Examples:
+      surefoot verify canary-llama
+      surefoot verify DIR --device npu:0 --dtype bfloat16 -o proof.json
+      surefoot verify DIR --random-weights 0             # a folder with only a config.json
+      surefoot verify DIR --url http://localhost:8000    # any OpenAI-compatible server of the same model
+    """
+    for given, what in ((quant, "quant"), (graph, "graph"), (backend == "vllm", "vllm")):
+        if given:
+            raise InputError(NOT_YET[what])
+    from surefoot.verify.shapes import VerifySettings
+
+    settings = VerifySettings(
+        model,
+        backend=backend,
+        **{name: getattr(config, name) for name in TARGET},
+        url=url,
+        url_model=url_model,
+        api_key=api_key,
+        prompts=prompts,
+        streamed_reference=streamed_reference,
+        skip_parity=skip_parity,
+    )
+    code = _drill(settings) if drill else _prove(settings, output)
+    if code:
+        raise typer.Exit(code)
+
+
+def _prove(settings: VerifySettings, output: Path) -> int:
+    from surefoot.cli.progress import Progress
+    from surefoot.verify import report_text, run
+
+    if output.is_dir() or not output.parent.is_dir():
+        raise InputError(f"cannot write {output}: give a file in a folder that exists")
+    partial = output.with_suffix(".partial" + output.suffix)
+    try:
+        with Progress() as progress:
+            proof = run.prove(settings, progress, partial)
+    except SurefootError as error:
+        if partial.exists():
+            raise type(error)(f"{error}; what was found until then is in {partial}") from error
+        raise
+    proof.save(output)
+    partial.unlink(missing_ok=True)
+    print("\n".join(report_text.lines(proof)))
+    print(f"  proof    {output}, sha256 {proof.data['seal'][:16]}")
+    return proof.exit_code
+
+
+def _drill(settings: VerifySettings) -> int:
+    from surefoot.cli.progress import Progress
+    from surefoot.verify import drill
+
+    with Progress() as progress:
+        table = drill.run(settings, progress)
+    print("\n".join(table.lines()))
+    return 0 if table.passed else 1
