@@ -1,0 +1,215 @@
+"""Seconds of a step as an interval: from a chip's published peaks, or from a calibration of a real device.
+
+low    the roofline: all arithmetic at the peak or all compulsory bytes at full bandwidth, whichever takes longer.
+       With a calibration, "peak" and "bandwidth" are the best rates that were ever seen while measuring.
+high   with a calibration: the expected time (each op call by the measured cost of its kind, plus the step's overhead),
+       stretched by the largest error that the same prediction made on the calibration's own engine steps.
+       Without one, an ASSUMPTION that is meant to be wide: see `ASSUMED`.
+
+What is unknown stays None: no bandwidth, no high end.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from surefoot.analyze.roofline import OpCall, StepCost, chip_peak, lower_bound
+from surefoot.device.chips import Chip
+
+# For the high end of an uncalibrated chip: one op after the other, each at these shares of the peaks, each started by
+# an eager framework that launches several kernels for it; and the host's part of a step.
+ASSUMED = {"compute": 0.25, "bandwidth": 0.3, "launch_s": 200e-6, "step_s": 5e-3}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Seconds (or tokens/s). None: unknown. `expected` only where something was measured."""
+
+    low: float | None
+    expected: float | None
+    high: float | None
+
+    def inverse(self, amount: float) -> Interval:
+        """amount / self, ends swapped: a rate from a time."""
+        low, expected, high = (amount / v if v else None for v in (self.high, self.expected, self.low))
+        return Interval(low, expected, high)
+
+    def __add__(self, other: Interval) -> Interval:
+        pairs = zip((self.low, self.expected, self.high), (other.low, other.expected, other.high))
+        return Interval(*(None if a is None or b is None else a + b for a, b in pairs))
+
+    def times(self, factor: float | None) -> Interval:
+        return Interval(*(None if v is None or factor is None else v * factor for v in vars(self).values()))
+
+    def holds(self, value: float) -> bool:
+        return (self.low is None or self.low <= value) and (self.high is None or value <= self.high)
+
+
+class Rates(Protocol):
+    """What turns op calls into seconds."""
+
+    def interval(self, cost: StepCost, phase: str) -> Interval:
+        """Seconds of a step; `phase` is "prefill" or "decode"."""
+        ...
+
+
+@dataclass(frozen=True)
+class ChipRates:
+    """By published peaks; `dtype` is that of the activations."""
+
+    chip: Chip
+    dtype: str
+
+    def interval(self, cost: StepCost, phase: str) -> Interval:
+        peak, bandwidth = chip_peak(self.chip.peak_flops, self.dtype), self.chip.memory_bandwidth
+        low = lower_bound(cost, peak, bandwidth)
+        if bandwidth is None or any(peak(call) is None for call in cost.calls if call.flops):
+            return Interval(low, None, None)
+
+        def serial(call: OpCall) -> float:
+            compute = call.flops / ((peak(call) or 1.0) * ASSUMED["compute"])
+            return compute + call.bytes / (bandwidth * ASSUMED["bandwidth"]) + ASSUMED["launch_s"]
+
+        return Interval(low, None, cost.total(serial) + ASSUMED["step_s"])
+
+
+@dataclass
+class OpFit:
+    """Seconds of an op that is not linear: per_call + flops * per_flop + bytes * per_byte, fitted to timed calls."""
+
+    per_call: float
+    per_flop: float
+    per_byte: float
+
+    def seconds(self, call: OpCall) -> float:
+        return self.per_call + call.flops * self.per_flop + call.bytes * self.per_byte
+
+
+@dataclass
+class Variant:
+    """What was measured for one dtype or scheme.
+
+    linear: rows -> (median, best) seconds per weight element of a linear op with so many rows.
+    overhead: seconds of a step outside the ops: per op call, per element passed between layers, per logit.
+    error: phase -> (least, median, largest) ratio of measured to expected seconds over the calibration's engine steps.
+    """
+
+    linear: dict[int, tuple[float, float]] = field(default_factory=dict)
+    ops: dict[str, OpFit] = field(default_factory=dict)
+    overhead: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    error: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+
+    def per_weight(self, rows: int, best: bool = False) -> float:
+        """Seconds per weight element at `rows`, between measured points along a power law, beyond them per row."""
+        points = sorted(self.linear)
+        values = [self.linear[p][best] for p in points]
+        if rows >= points[-1]:
+            return values[-1] * rows / points[-1]
+        i = bisect.bisect_right(points, rows)
+        if i == 0:
+            return values[0]
+        share = math.log(rows / points[i - 1]) / math.log(points[i] / points[i - 1])
+        return values[i - 1] ** (1 - share) * values[i] ** share
+
+    def peak(self) -> float:
+        """FLOP/s of the best linear op ever seen."""
+        return max(2 * rows / best for rows, (_, best) in self.linear.items())
+
+
+# Beyond the largest error that was seen, because a handful of probe steps do not show the worst one.
+MARGIN, LEAST_STRETCH = 1.15, 1.25
+UNMEASURED_STRETCH = 2.0  # for a phase, or an op, that the calibration did not see
+
+
+@dataclass
+class Calibration:
+    """One device as measured: rates in bytes/s and FLOP/s, times in seconds. Saved as JSON by `analyze.calibrate`."""
+
+    device: str
+    device_name: str
+    date: str
+    threads: int
+    memory: int
+    bandwidth: tuple[float, float]  # median, best
+    launch: float
+    variants: dict[str, Variant]
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def rates(self, variant: str) -> CalibratedRates | None:
+        return CalibratedRates(self, self.variants[variant]) if variant in self.variants else None
+
+    def as_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        for variant in data["variants"].values():
+            variant["linear"] = {str(rows): times for rows, times in variant["linear"].items()}
+        return {"format": FORMAT} | data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
+        given = {key: value for key, value in data.items() if key != "format"}
+        given["bandwidth"] = tuple(given["bandwidth"])
+        given["variants"] = {name: _variant(v) for name, v in given["variants"].items()}
+        return cls(**given)
+
+
+FORMAT = "surefoot-calibration-1"
+
+
+def _variant(data: Mapping[str, Any]) -> Variant:
+    return Variant(
+        linear={int(rows): (times[0], times[1]) for rows, times in data["linear"].items()},
+        ops={name: OpFit(**fit) for name, fit in data["ops"].items()},
+        overhead=tuple(data["overhead"]),
+        error={phase: tuple(ratios) for phase, ratios in data["error"].items()},
+    )
+
+
+@dataclass(frozen=True)
+class CalibratedRates:
+    """By what was measured on one device for one dtype or scheme."""
+
+    calibration: Calibration
+    variant: Variant
+
+    def interval(self, cost: StepCost, phase: str) -> Interval:
+        low = lower_bound(cost, self._peak(), self._best_bandwidth())
+        raw = self.raw(cost)
+        if phase not in self.variant.error:
+            return Interval(low, raw, raw * UNMEASURED_STRETCH)
+        _, median, largest = self.variant.error[phase]
+        stretch = max(LEAST_STRETCH, MARGIN * largest / median)
+        if any(call.op not in self.variant.ops for call in cost.calls if call.op_class != "linear"):
+            stretch = max(stretch, UNMEASURED_STRETCH)
+        expected = max(raw * median, low or 0.0)
+        return Interval(low, expected, expected * stretch)
+
+    def raw(self, cost: StepCost) -> float:
+        """Sum over op calls, and the overhead: before the correction by what the probe steps showed."""
+        per_call, per_passed, per_logit = self.variant.overhead
+        overhead = per_call * cost.calls.total() + per_passed * cost.passed + per_logit * cost.logits
+        return cost.total(self.seconds) + overhead
+
+    def seconds(self, call: OpCall) -> float:
+        if call.op_class == "linear" and self.variant.linear:
+            return max(self.calibration.launch, call.weights * self.variant.per_weight(call.rows))
+        fit = self.variant.ops.get(call.op)
+        return fit.seconds(call) if fit else self.calibration.launch + call.bytes / self.calibration.bandwidth[0]
+
+    def _peak(self) -> Callable[[OpCall], float | None]:
+        everywhere = [v.peak() for v in self.calibration.variants.values() if v.linear]
+        best, own = max(everywhere, default=None), self.variant.peak() if self.variant.linear else None
+        return lambda call: own if call.op_class == "linear" else best
+
+    def _best_bandwidth(self) -> float:
+        """The fastest that bytes were seen to arrive, by the read probe or by a linear op with one row."""
+        per_element = {"float32": 4.0, "w8a8": 1.0, "w8a16": 1.0, "w4a16": 0.5}
+        found = [self.calibration.bandwidth[1]]
+        for name, variant in self.calibration.variants.items():
+            if 1 in variant.linear:
+                found.append(per_element.get(name, 2.0) / variant.linear[1][1])
+        return max(found)
