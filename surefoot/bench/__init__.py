@@ -1,0 +1,1 @@
+"""Benchmarks: an engine in this process, or any OpenAI-compatible server. Measured, never subtracted; samples kept."""
