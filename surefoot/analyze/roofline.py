@@ -38,10 +38,14 @@ CLASSES = {
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass: new tokens and tokens in the cache afterwards, for each request; decodes come first."""
+    """One forward pass: new tokens and tokens in the cache afterwards, for each request; decodes come first.
+
+    num_logits: requests whose next token is chosen in this step.
+    """
 
     query_lens: tuple[int, ...]
     seq_lens: tuple[int, ...]
+    num_logits: int
 
     @property
     def num_tokens(self) -> int:
@@ -50,7 +54,7 @@ class Step:
 
 def decode_step(batch: int, context: int) -> Step:
     """One new token for each of `batch` requests that then have `context` tokens in the cache."""
-    return Step((1,) * batch, (context,) * batch)
+    return Step((1,) * batch, (context,) * batch, batch)
 
 
 def prefill_steps(prompt: int, max_num_batched_tokens: int, batch: int = 1) -> list[Step]:
@@ -65,7 +69,8 @@ def prefill_steps(prompt: int, max_num_batched_tokens: int, batch: int = 1) -> l
                 room -= n
                 parts.append((n, done[i]))
         parts.sort(key=lambda part: part[0] > 1)
-        steps.append(Step(*zip(*parts)))
+        queries, lengths = zip(*parts)
+        steps.append(Step(queries, lengths, sum(length == prompt for length in lengths)))
     return steps
 
 
@@ -201,13 +206,14 @@ def step_cost(model: CausalLM, step: Step, dtype: torch.dtype, block_size: int =
 
     with ops.intercept(charge):
         hidden = model(batch)
-        model.compute_logits(hidden[: len(step.query_lens)])
+        if step.num_logits:
+            model.compute_logits(hidden[: step.num_logits])
     return StepCost(calls, *step_size(model, step))
 
 
 def step_size(model: CausalLM, step: Step) -> tuple[int, int]:
     """`passed` and `logits` of a `StepCost`."""
-    return step.num_tokens * len(model.decoder_layers) * model.hidden_size, len(step.query_lens) * model.vocab_size
+    return step.num_tokens * len(model.decoder_layers) * model.hidden_size, step.num_logits * model.vocab_size
 
 
 def meta_batch(model: CausalLM, step: Step, dtype: torch.dtype, block_size: int) -> Batch:
