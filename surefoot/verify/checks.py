@@ -199,7 +199,7 @@ def _norm(name: str, reference: Any, target: Any) -> list[Evidence]:
 
 
 def _limits(reference: Any, target: Any) -> list[Evidence]:
-    config = getattr(reference, "config", None)
+    config: Any = getattr(reference, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     pairs = [("vocab_size", getattr(text, "vocab_size", None), getattr(target, "vocab_size", None))]
     layers = len(getattr(target, "decoder_layers", ())) or None

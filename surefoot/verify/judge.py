@@ -18,8 +18,9 @@ size      pooled RMS error over pooled null RMS: up to 3 passes, above 6 fails, 
           limits rise with them, at most 2.5-fold, so that a fault cannot excuse itself by being noisy.
 odd       NaN, +inf or -inf where the reference has something else: never noise.
 
-The other limits are multiplied by the run's typical ratio (median of `err`, within 1 and the passing size), so that
-noise that is larger everywhere is judged once, by `size`.
+The other limits are multiplied by the run's typical ratio (its lower quartile of `err` over the null's, within 1 and
+the passing size), so that noise that is larger everywhere is judged once, by `size`. The quartile, because a fault in
+half of all tokens shall not pass for noise.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def judge(series: Series) -> Judgement:
     run = {k: np.nan_to_num(v, nan=np.inf) for k, v in series.run.items()}
     ratio = _rms(run["err"])
     device = min(max(series.device, 1.0), DEVICE_MOST)
-    typical = min(max(float(np.median(run["err"])), 1.0), SIZE_PASS * device)
+    typical = min(max(_quarter([run]) / _quarter(series.nulls), 1.0), SIZE_PASS * device)
     verdict = Judgement(series.name, ratio)
     _odd(series, verdict)
     for name in ("err", "worst", "kl"):
@@ -122,6 +123,11 @@ def judge(series: Series) -> Judgement:
     _positions(series, run["err"], typical, verdict)
     _size(ratio, device, verdict)
     return verdict
+
+
+def _quarter(rows: list[Rows]) -> float:
+    pool = np.concatenate([r["err"] for r in rows])
+    return max(float(np.quantile(pool, 0.25)), 1e-300)
 
 
 def _odd(series: Series, verdict: Judgement) -> None:

@@ -159,7 +159,7 @@ class Measurer:
         }
 
     def _module(self, path: str, right: torch.Tensor, nulls: list[torch.Tensor], run: torch.Tensor) -> Evidence:
-        size = right.double().square().mean(-1, keepdim=True).sqrt()
+        size = right.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).square().mean(-1, keepdim=True).sqrt()
         floor = FLOOR * self.eps * size
         scale = metrics.noise_scale(right, nulls, floor)
         units = []

@@ -52,11 +52,10 @@ def _logit_part(r: torch.Tensor, x: torch.Tensor) -> dict[str, torch.Tensor]:
     clean = bool(both.all())
     count = both.sum(-1).clamp(min=1)
     error = x - r if clean else torch.where(both, x - r, 0.0)
-    kl = _kl(r, x, error, both)
     error, centred = _centre(error, both), _centre(r, both)
     chosen = (x if clean else x.nan_to_num(nan=float("-inf"))).argmax(-1, keepdim=True)
     return {
-        "kl": kl,
+        "kl": _kl(r, x, error, both),
         "err": error.square().sum(-1).div(count).sqrt(),
         "worst": error.abs().amax(-1),
         "gain": (error * centred).sum(-1) / centred.square().sum(-1).clamp(min=1e-300),
@@ -76,7 +75,7 @@ def _centre(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 
 def _kl(r: torch.Tensor, x: torch.Tensor, error: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
-    """log sum p exp(e - <e>_p), e = x - r: no cancellation between nearly equal numbers."""
+    """log sum p exp(e - <e>_p), e = x - r but for a constant: no cancellation between nearly equal numbers."""
     p = r.masked_fill(~both, float("-inf")).softmax(-1)
     e = error - (p * error).sum(-1, keepdim=True)
     kl = torch.log1p((p * e.clamp(max=50).expm1()).sum(-1))
@@ -108,8 +107,8 @@ def noise_scale(reference: torch.Tensor, nulls: list[torch.Tensor], floor: torch
     activations are allowed the relative error that massive ones have in the null runs: a bf16 residual stream holds
     3,000 to the nearest 8 while its other channels are exact to 0.004.  floor: [T, 1] least scale of a row.
     """
-    r = reference.double()
-    errors = torch.stack([torch.nan_to_num(n.double() - r, nan=0.0, posinf=0.0, neginf=0.0) for n in nulls])
+    errors = torch.stack([_finite(n.double() - reference.double()) for n in nulls])
+    r = _finite(reference.double())
     quiet = r.abs() <= MASSIVE * r.abs().median(-1, keepdim=True).values.clamp(min=1e-300) * 1.5
     squares = errors.square().mean(0)
     count = quiet.sum(-1, keepdim=True).clamp(min=1)
@@ -118,6 +117,10 @@ def noise_scale(reference: torch.Tensor, nulls: list[torch.Tensor], floor: torch
     relative = squares[loud].sum() / r[loud].square().sum().clamp(min=1e-300) if loud.any() else 0.0
     scale = torch.where(quiet, row, torch.maximum(row, relative * r.square())).sqrt()
     return torch.maximum(scale, floor.clamp(min=1e-300))
+
+
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def activation_rows(reference: torch.Tensor, run: torch.Tensor, scale: torch.Tensor) -> Rows:
