@@ -19,7 +19,7 @@ from surefoot.core.errors import ModelError
 from surefoot.layers.linear import Linear
 from surefoot.quant.compressed_tensors import Layout, QuantisedFolder
 from surefoot.quant.packing import unpack_int8
-from surefoot.quant.schemes import Scheme, quantise_rows
+from surefoot.quant.schemes import Scheme, group_scale_dtype, quantise_rows
 from surefoot.quant.select import Selection
 
 
@@ -148,10 +148,9 @@ class QuantiseOnLoad:
         scheme, outer, row = self.selection.scheme, layer.out_features, 0
         held: dict[str, torch.Tensor] = {}
         for piece in pieces:
-            part = quantise_rows(piece, scheme, name)
-            for leaf, tensor in part.items():
-                if leaf not in held:
-                    held[leaf] = torch.empty((outer, *tensor.shape[1:]), dtype=tensor.dtype, device=device)
+            # Room for the result before there is any scratch: memory given back below it could not be used again.
+            held = held or _room(outer, layer.in_features, scheme, group_scale_dtype(piece.dtype), device)
+            for leaf, tensor in quantise_rows(piece, scheme, name).items():
                 held[leaf][row : row + piece.shape[0]].copy_(tensor)
             row += piece.shape[0]
         return QuantLinear(layer.in_features, outer, scheme, layer.bias).hold(**held)
@@ -161,3 +160,15 @@ class QuantiseOnLoad:
         path = name.removesuffix(".weight")
         layer.bias = model.get_submodule(path).bias
         replace(model, path, layer)
+
+
+def _room(outer: int, inner: int, scheme: Scheme, scale_dtype: torch.dtype, device) -> dict[str, torch.Tensor]:
+    """Empty tensors of a finalised `QuantLinear`."""
+    if scheme.bits == 8:
+        weight = torch.empty(outer, inner, dtype=torch.int8, device=device)
+        return {"weight": weight, "weight_scale": torch.empty(outer, device=device)}
+    groups = inner // (scheme.group_size or inner)
+    return {
+        "weight_packed": torch.empty(outer, inner // 8, dtype=torch.int32, device=device),
+        "weight_scale": torch.empty(outer, groups, dtype=scale_dtype, device=device),
+    }

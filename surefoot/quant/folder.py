@@ -22,7 +22,7 @@ import torch
 from surefoot.core.errors import InputError, ModelError
 from surefoot.quant.compressed_tensors import config_for, format_of
 from surefoot.quant.packing import pack_int8
-from surefoot.quant.schemes import quantise_rows
+from surefoot.quant.schemes import group_scale_dtype, quantise_rows
 from surefoot.quant.select import Selection
 from surefoot.weights.checkpoint import CHUNK_BYTES, INDEX, Checkpoint
 from surefoot.weights.header import TensorInfo
@@ -31,7 +31,7 @@ from surefoot.weights.writer import Entry, SafetensorsWriter
 Progress = Callable[[str, "float | None"], None]
 
 SHARD_BYTES = 5_000_000_000
-ROWS_BYTES = 4 << 20
+ROWS_BYTES = 1 << 20  # the scratch of rounding is about ten times that
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Small files that make the folder a model: tokenizer, template, generation config, licence.
 COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken")
@@ -108,7 +108,7 @@ def _entries(info: TensorInfo, target: str, selection: Selection) -> list[tuple[
     outer, inner = info.shape
     if scheme.bits == 4:
         assert scheme.group_size
-        scale = Entry(info.dtype if info.dtype.itemsize == 2 else torch.bfloat16, (outer, inner // scheme.group_size))
+        scale = Entry(group_scale_dtype(info.dtype), (outer, inner // scheme.group_size))
     else:
         scale = Entry(torch.float32, (outer, 1))
     if format_of(scheme) == "int-quantized":

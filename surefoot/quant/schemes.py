@@ -79,14 +79,17 @@ def quantise_int4(
     return pack_int4(q.clamp_(-8, 7).flatten(-2)), scale
 
 
+def group_scale_dtype(stored: torch.dtype) -> torch.dtype:
+    """That of the weights as they were stored, but never 32 bits: one scale per group adds up."""
+    return stored if stored.itemsize == 2 else torch.bfloat16
+
+
 def quantise_rows(rows: torch.Tensor, scheme: Scheme, name: str) -> dict[str, torch.Tensor]:
     """Rows of the weight `name` [n, in], rounded: {"weight" int8 | "weight_packed" int32, "weight_scale"}."""
     if scheme.bits == 8:
         q, scale = quantise_int8(rows)
     else:
-        # Scales get the type that the weights were stored in, but never 32 bits: one per group adds up.
-        dtype = rows.dtype if rows.dtype.itemsize == 2 else torch.bfloat16
-        q, scale = quantise_int4(rows, scheme.group_size or rows.shape[-1], dtype)
+        q, scale = quantise_int4(rows, scheme.group_size or rows.shape[-1], group_scale_dtype(rows.dtype))
     if not bool(torch.isfinite(scale).all()):
         raise ModelError(f"{name} holds NaN or infinity and cannot be quantised")
     return {"weight" if scheme.bits == 8 else "weight_packed": q, "weight_scale": scale}

@@ -40,7 +40,7 @@ class Converter(Protocol):
         ...
 
 
-CONVERT_BYTES = 4 << 20  # rows handed to a converter at a time; its scratch is a few times that
+CONVERT_BYTES = 1 << 20  # rows handed to a converter at a time; its scratch is about ten times that
 
 
 def tensor_slots(model: nn.Module) -> dict[str, torch.Tensor]:
