@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from surefoot.cli.flags import ENGINE, Model, flags
+from surefoot.cli.flags import ENGINE, flags
 from surefoot.core.config import EngineConfig
 from surefoot.core.errors import InputError, SurefootError
 
@@ -21,6 +21,10 @@ NOT_YET = {
 }
 
 TARGET = {name: ENGINE[name] for name in ("device", "dtype", "ops", "random_weights", "num_threads")}
+OptionalModel = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="A model folder, canary-..., hf:ORG/NAME or modelscope:ORG/NAME."),
+]
 Backend = Annotated[str, typer.Option(metavar="NAME", help="The target: native or transformers.")]
 Url = Annotated[str | None, typer.Option(metavar="URL", help="An OpenAI-compatible server as the target instead.")]
 Name = Annotated[
@@ -34,6 +38,12 @@ Streamed = Annotated[
     bool, typer.Option("--streamed-reference", help="Reference layer by layer, for models larger than the memory.")
 ]
 SkipParity = Annotated[bool, typer.Option("--skip-parity", help="Leave out batched = alone, cached = fresh, ...")]
+Sensitivity = Annotated[
+    bool,
+    typer.Option(
+        "--sensitivity/--no-sensitivity", help="After a proof, find the smallest faults it would have caught."
+    ),
+]
 Drill = Annotated[
     bool, typer.Option("--drill", help="Instead of a proof: plant faults and see whether each is found and named.")
 ]
@@ -44,7 +54,7 @@ Graph = Annotated[bool, typer.Option("--graph", hidden=True)]
 
 @flags(EngineConfig, "config", TARGET)
 def verify(
-    model: Model,
+    model: OptionalModel = None,
     backend: Backend = "native",
     url: Url = None,
     url_model: Name = None,
@@ -52,6 +62,7 @@ def verify(
     prompts: Prompts = None,
     streamed_reference: Streamed = False,
     skip_parity: SkipParity = False,
+    sensitivity: Sensitivity = True,
     drill: Drill = False,
     output: Output = Path("proof.json"),
     quant: Quant = None,
@@ -70,10 +81,15 @@ def verify(
       surefoot verify DIR --device npu:0 --dtype bfloat16 -o proof.json
       surefoot verify DIR --random-weights 0             # a folder with only a config.json
       surefoot verify DIR --url http://localhost:8000    # any OpenAI-compatible server of the same model
+      surefoot verify --drill                            # does the proof find what it should?
     """
     for given, what in ((quant, "quant"), (graph, "graph"), (backend == "vllm", "vllm")):
         if given:
             raise InputError(NOT_YET[what])
+    if drill:
+        raise typer.Exit(_drill())
+    if model is None:
+        raise InputError("which MODEL? give a folder, canary-llama, canary-qwen3.5, hf:ORG/NAME or modelscope:ORG/NAME")
     from surefoot.verify.shapes import VerifySettings
 
     settings = VerifySettings(
@@ -86,9 +102,9 @@ def verify(
         prompts=prompts,
         streamed_reference=streamed_reference,
         skip_parity=skip_parity,
+        measure_sensitivity=sensitivity,
     )
-    code = _drill(settings) if drill else _prove(settings, output)
-    if code:
+    if code := _prove(settings, output):
         raise typer.Exit(code)
 
 
@@ -113,11 +129,12 @@ def _prove(settings: VerifySettings, output: Path) -> int:
     return proof.exit_code
 
 
-def _drill(settings: VerifySettings) -> int:
+def _drill() -> int:
     from surefoot.cli.progress import Progress
     from surefoot.verify import drill
+    from surefoot.verify.drill_page import page
 
     with Progress() as progress:
-        table = drill.run(settings, progress)
-    print("\n".join(table.lines()))
-    return 0 if table.passed else 1
+        result = drill.run(progress)
+    print(page(result))
+    return 0 if result.passed else 1

@@ -3,6 +3,7 @@
 `decide(evidence)` goes through the checks in their order. After the first that fails the later ones are "not reached".
 Refuted: a check failed. Undecided: none failed, but one could not tell, or the logits could not be compared.
 Proven: the logits passed and nothing else failed; checks that were not possible are named in the findings.
+A server is a black box: what endpoint.py found on it is evidence as it stands.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ Evidence = dict[str, Any]
 
 
 def decide(evidence: Evidence) -> tuple[Verdict, list[Finding]]:
-    findings: list[Finding] = []
-    for check in CHECKS:
+    findings = [Finding(**f) for f in evidence.get("endpoint", {}).get("findings", ())]
+    for check in CHECKS if "endpoint" not in evidence else ():
         findings += examine(check, evidence, stopped=any(f.status == "fail" for f in findings))
     statuses = {f.status for f in findings}
     if "fail" in statuses:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from surefoot.verify.proof import Proof
+from surefoot.verify.shapes import Finding
 
 MARKS = {"pass": "ok", "fail": "FAIL", "undecided": "?", "not_possible": "-", "not_reached": "."}
 WIDTH = 110
@@ -14,7 +15,7 @@ def lines(proof: Proof) -> list[str]:
     """Verdict, checks, module and cause, sensitivity."""
     data = proof.data
     out = [headline(proof)]
-    for finding in proof.findings:
+    for finding in _grouped(proof.findings):
         out.append(f"  {MARKS[finding.status]:4} {finding.check:9} {_cut(finding.summary)}")
     place, cause = data.get("localisation"), data.get("cause")
     if place:
@@ -24,11 +25,27 @@ def lines(proof: Proof) -> list[str]:
         out.append(f"  cause    {_cut(cause['sentence'])}")
     elif place:
         out.append("  cause    not in the catalogue: no known mistake gives this output")
+    out += [f"  note     {note}" for note in data.get("notes", [])]
     out += _sensitivity(data.get("sensitivity") or {})
     target, prompts = data["target"], data["prompts"]
     versions = target.get("versions") or {}
     stack = ", ".join(f"{k} {v}" for k, v in versions.items() if k in ("surefoot", "torch", "transformers"))
     out.append(f"  over     {prompts['count']} prompts ({prompts['source']}), {prompts['tokens']} tokens; {stack}")
+    return out
+
+
+def _grouped(findings: list[Finding]) -> list[Finding]:
+    """Checks with several findings: those that passed in one line, the others as they are."""
+    out: list[Finding] = []
+    for check in dict.fromkeys(f.check for f in findings):
+        mine = [f for f in findings if f.check == check]
+        good = [f for f in mine if f.status == "pass"]
+        if len(good) > 1:
+            closest = max((float(f.details.get("ratio", 0.0)) for f in good), default=0.0)
+            near = f"; the closest used {closest:.0%} of what is allowed" if closest else ""
+            out.append(Finding(check, "pass", f"{len(good)} paths lead to the same numbers{near}"))
+            mine = [f for f in mine if f.status not in ("pass", "not_possible")]
+        out += mine
     return out
 
 
@@ -59,8 +76,8 @@ def _sensitivity(found: dict[str, Any]) -> list[str]:
     if "logit_scale" in found:
         parts.append(f"logits {_percent(found['logit_scale'])} too large or small")
         parts.append(f"one token's logits off by {_percent(found['one_token'])} of their spread (RMS)")
-    parts += [str(f.get("text", f.get("id"))) for f in found.get("faults", [])]
-    return ["  catches  " + "; ".join(parts)] if parts else []
+    parts += [str(f["text"]) for f in found.get("faults", [])]
+    return [f"  {'catches' if i == 0 else '':7}  {part}" for i, part in enumerate(parts)]
 
 
 def _percent(share: float) -> str:

@@ -26,6 +26,7 @@ class VerifySettings:
     prompts: a file of prompts instead of the built-in set.  continuation_tokens: greedy tokens of the reference behind
     each prompt.  long_tokens: length of the mixed text that covers late positions.
     streamed_reference: fp32 layer by layer, for models whose fp32 weights exceed the memory.
+    measure_sensitivity: plant scaled faults after a proof, to say which it would have caught.
     noise_factor: how many times the expected error of its dtype a single module may be off.
     """
 
@@ -42,6 +43,7 @@ class VerifySettings:
     prompts: Path | None = None
     streamed_reference: bool = False
     skip_parity: bool = False
+    measure_sensitivity: bool = False
     continuation_tokens: int = 32
     long_tokens: int = 384
     seed: int = 0
