@@ -237,6 +237,8 @@ def what_is_wrong(case: Case, found: CacheRead) -> tuple[str, str] | None:
         return None
     nearest = apart.argmin(-1)
     known = {i: int(nearest[i]) for i in wrong if apart[i, nearest[i]] <= allowed}
+    if case.suspect.on.path == "prefix_hit" and wrong[0] < case.suspect.on.chunks[0][0]:
+        return "prefix_hit_wrong", f"positions {wrong[0]} to {wrong[-1]}, taken from the cache, belong to other tokens"
     if case.suspect.on.path == "preempted":
         return "preemption_state_lost", f"positions {wrong[0]} to {wrong[-1]} are not what this request had computed"
     for shift in (-1, 1):
@@ -248,8 +250,6 @@ def what_is_wrong(case: Case, found: CacheRead) -> tuple[str, str] | None:
     moved = [i for i, j in known.items() if j % size == i % size and j // size != i // size]
     if moved and len(moved) >= 0.5 * len(wrong):
         return "block_table", f"page {moved[0] // size} reads page {known[moved[0]] // size}"
-    if case.suspect.on.path == "prefix_hit" and wrong[0] < case.suspect.on.chunks[0][0]:
-        return "prefix_hit_wrong", f"positions {wrong[0]} to {wrong[-1]}, taken from the cache, belong to other tokens"
     zeros = sum(float(read[i].abs().max()) == 0 for i in wrong)
     what = "were never written" if zeros == len(wrong) else "hold something else"
     where = f"{len(wrong)} positions from {wrong[0]} on (pages {pages[0]} to {pages[-1]}) {what}"

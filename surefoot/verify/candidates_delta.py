@@ -211,6 +211,9 @@ def with_states(case: Case, found: CacheRead) -> torch.Tensor:
     return _run(case, convolve=convolve, store=store, initial=lambda f, s: recurrent.get(0, s))
 
 
+RESTORED = 0.1  # a state restored rightly differs by the rounding of the dtype only
+
+
 def _last(calls: Sequence[StateCall]) -> list[StateCall]:
     """The calls of the last time that the sequence was computed from its first token."""
     first = max((i for i, call in enumerate(calls) if call.start == 0), default=0)
@@ -224,10 +227,22 @@ def what_is_wrong(case: Case, found: CacheRead) -> tuple[str, str] | None:
     for name, calls in (("recurrent", _last(found.recurrent)), ("convolution", _last(found.conv))):
         for i, call in enumerate(calls):
             last = next((c for c in reversed(calls[:i]) if c.end == call.start), None)
-            wrong = _break(last, call, name)
+            wrong = _break(last, call, name) if last or not call.start else _restored(case, call, name)
             if wrong:
-                return wrong
+                return ("prefix_hit_wrong", wrong[1]) if case.suspect.on.path == "prefix_hit" else wrong
     return None
+
+
+def _restored(case: Case, call: StateCall, name: str) -> tuple[str, str] | None:
+    """A state that no watched step has left: it must be what the tokens before it give."""
+    f, x = facts(case), case.x[: call.start]
+    if name == "recurrent":
+        right = recipes.scan(f, x, recipes.DELTA)[1]
+    else:
+        right = f.module.in_proj_qkv(x)[-call.before.shape[-1] :].t()
+    if float((call.before - right).norm()) <= RESTORED * float(right.norm()):
+        return None
+    return "state_overwritten", f"the {name} state that was restored before token {call.start} is another one"
 
 
 def _break(last: StateCall | None, call: StateCall, name: str) -> tuple[str, str] | None:

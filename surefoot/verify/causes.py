@@ -52,6 +52,17 @@ CANDIDATES: dict[str, list[Candidate]] = {
 }
 
 
+def find(
+    reference: Backend, target: Backend, token_ids: Sequence[int], settings: VerifySettings
+) -> tuple[Localisation | None, Cause | None]:
+    """`localise` and `name_cause` in one search."""
+    found = search(reference, target, token_ids, settings)
+    if found is None:
+        return None, None
+    cause = explain(found, target, settings)
+    return found.localisation, cause
+
+
 def name_cause(
     reference: Backend,
     target: Backend,
@@ -192,7 +203,7 @@ def _from_cache(case: Case, found: Search, target: Backend, what: str, limit: fl
 CACHE_SENTENCES = {
     "kv_slot_off_by_one": "keys and values are written one slot off",
     "block_table": "the block table points to another page",
-    "prefix_hit_wrong": "a prefix hit took other tokens' keys",
+    "prefix_hit_wrong": "a prefix hit took what belongs to other tokens",
     "preemption_state_lost": "after a preemption a request goes on with what is not its own",
     "kv_not_written": "the KV cache does not hold what was computed",
     "stale_state": "the state of a new request is not clean",

@@ -6,6 +6,7 @@ Most of the correctness fixes of real engines are of this kind; a comparison of 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -176,10 +177,12 @@ def _stale(name: str):
             now = getattr(b, name)
             before = last.pop() if last else now
             last.append(now)
-            replayed = (
-                b.num_tokens == b.num_decodes and before.shape == now.shape and not bool((b.positions == 0).any())
-            )
-            return replace(b, **{name: before}) if replayed else b
+            decodes = b.num_tokens == b.num_decodes and before.shape == now.shape
+            if not decodes or bool((b.positions == 0).any()):
+                return b
+            changed = copy.copy(b)
+            setattr(changed, name, before)
+            return changed
 
         return inject.batch(target, change)
 
@@ -270,7 +273,7 @@ FAULTS = [
     Fault("stale_state", 13, DELTA, ("stale_state",), _no_reset, QWEN, path="reused"),
     Fault("state_lost", 13, DELTA, ("state_lost",), _state_lost, QWEN, path="chunked"),
     Fault("conv_state_shifted", 13, DELTA, ("conv_shifted",), _late_conv_state, QWEN, path="chunked"),
-    Fault("prefix_state_wrong", 6, DELTA, ("state_lost",), _wrong_checkpoint, QWEN, path="prefix_hit"),
+    Fault("prefix_state_wrong", 6, DELTA, ("prefix_hit_wrong",), _wrong_checkpoint, QWEN, path="prefix_hit"),
     Fault("overflow", 5, r"model\.layers\.\d+\..*", ("overflow",), _nothing, ("llama-overflow",), dtype="float16"),
     Fault("double_bos", 1, "tokens", ("double_bos",), _prompt(_double_bos), LLAMA),
     Fault("other_template", 1, "tokens", ("other_template",), _prompt(_chatml), LLAMA),

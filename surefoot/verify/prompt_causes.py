@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from surefoot.core.sampling import SamplingParams
 from surefoot.verify.shapes import Cause
+from surefoot.weights.tokenizer import Tokenizer
 
+SAMPLER_PROMPTS = 3
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
@@ -115,3 +118,37 @@ def probe_sampler(target: Any, prompt: Sequence[int], count: int = 24) -> Cause 
     (done,) = target.generate([list(prompt)], SamplingParams(max_tokens=count, ignore_eos=True, temperature=0.0))
     (logits,) = target.score([[*prompt, *done.token_ids]])
     return sampler_cause(prompt, done.token_ids, logits[len(prompt) - 1 : -1].float())
+
+
+def outside_cause(check: str, folder: Path, target: Any, prompts: Sequence[Any]) -> Cause | None:
+    """Cause of a failed "template", "tokens" or "sampler" check. prompts: with messages or text, and right ids.
+
+    folder: the model's, from which the right tokenizer is read afresh.
+    """
+    if check == "sampler":
+        found = (probe_sampler(target, [*p.ids, *p.ids]) for p in prompts[:SAMPLER_PROMPTS] if p.ids)
+        return next((cause for cause in found if cause is not None), None)
+    used = getattr(getattr(target, "engine", target), "tokenizer", None)
+    if used is None:
+        return None
+    right = Tokenizer.load(folder)
+    for prompt in prompts:
+        if prompt.messages is not None:
+            cause = name_prompt_cause(right, prompt.messages, used.encode_chat(prompt.messages))
+        else:
+            cause = _text_cause(right, prompt.text, used.encode(prompt.text))
+        if cause is not None:
+            return cause
+    return None
+
+
+def _text_cause(tokenizer: Any, text: str, actual: Sequence[int]) -> Cause | None:
+    right = tokenizer.encode(text)
+    bos = getattr(tokenizer.hf, "bos_token_id", None)
+    if list(actual) == right or bos is None:
+        return None
+    if list(actual) == [bos, *right] and right[:1] == [bos]:
+        return Cause("double_bos", "the prompt begins with two BOS tokens", 0.0)
+    if list(actual) == right[1:]:
+        return Cause("bos_missing", "the prompt lacks its BOS token", 0.0)
+    return None

@@ -22,8 +22,8 @@ from torch import nn
 from surefoot.backends.base import Backend, Capture
 from surefoot.verify.pathcapture import plain
 
-# How far apart two right orders of summation in the reference's own dtype may be, in roundings of the input: one layer of
-# arithmetic, and a token mixer, where a state or a softmax carries errors on.
+# How far apart two right orders of summation in the reference's own dtype may be, in roundings of the input: one piece
+# of arithmetic, and a token mixer, where a state or a softmax carries errors on.
 PERTURBATION, MIXER_PERTURBATION = 8.0, 64.0
 LAYER = re.compile(r"(.*\.layers\.\d+)")
 NOTHING = "(?!)"  # a pattern that no path matches

@@ -1,0 +1,246 @@
+"""The drill: planted faults that the proof must find, place and name, and sound runs that it must let pass.
+
+    python -m surefoot.verify.drill -o docs/drill.md            all of it: minutes
+    surefoot verify --drill                                     the same
+
+Each case goes through `run.verify`, as a user's model does; nothing knows that a fault was planted. What it must reach:
+every fault refuted, the right module in 95 %, the right cause in 90 %, and not one sound run refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surefoot.backends.native import NativeBackend
+from surefoot.backends.transformers import TransformersBackend
+from surefoot.core.config import EngineConfig
+from surefoot.verify import specimens
+from surefoot.verify.faults import Fault, catalogue
+from surefoot.verify.run import verify
+from surefoot.verify.shapes import VerifySettings
+from surefoot.verify.specimens import Specimen
+
+Progress = Callable[[str, "float | None"], None]
+DETECTED, RIGHT_MODULE, RIGHT_CAUSE, CLEAN_RUNS = 1.0, 0.95, 0.90, 60
+FAULTED = 5  # the first so many models take faults; all of them are run sound
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a model, settings of the target's engine, and a fault (None: sound)."""
+
+    specimen: Specimen
+    dtype: str
+    fault: Fault | None = None
+    seed: int = 0
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        extras = [f"{k}={v}" for k, v in self.engine.items()]
+        return " ".join([self.specimen.name, self.dtype, *extras, f"seed={self.seed}"])
+
+
+@dataclass
+class Outcome:
+    """What the proof said. check: the first that failed."""
+
+    case: Case
+    verdict: str
+    check: str | None
+    line: str
+    module: str | None
+    op: str | None
+    cause: str | None
+    sentence: str
+    distance: float | None
+    seconds: float
+
+    @property
+    def detected(self) -> bool:
+        return self.verdict == "refuted"
+
+    @property
+    def right_module(self) -> bool:
+        fault = self.case.fault
+        found = self.module or (self.check if self.check != "template" else "tokens") or ""
+        return fault is not None and self.detected and bool(re.fullmatch(fault.where, found))
+
+    @property
+    def right_cause(self) -> bool:
+        fault = self.case.fault
+        return fault is not None and self.detected and self.cause in fault.names
+
+
+@dataclass
+class DrillResult:
+    """Outcomes of the planted faults and of the sound runs."""
+
+    outcomes: list[Outcome]
+    seconds: float = 0.0
+
+    @property
+    def planted(self) -> list[Outcome]:
+        return [o for o in self.outcomes if o.case.fault is not None]
+
+    @property
+    def sound(self) -> list[Outcome]:
+        return [o for o in self.outcomes if o.case.fault is None]
+
+    @property
+    def false_alarms(self) -> list[Outcome]:
+        return [o for o in self.sound if o.verdict == "refuted"]
+
+    def share(self, good: Callable[[Outcome], bool]) -> float:
+        return sum(map(good, self.planted)) / max(1, len(self.planted))
+
+    @property
+    def passed(self) -> bool:
+        return (
+            self.share(lambda o: o.detected) >= DETECTED
+            and self.share(lambda o: o.right_module) >= RIGHT_MODULE
+            and self.share(lambda o: o.right_cause) >= RIGHT_CAUSE
+            and not self.false_alarms
+        )
+
+    def confusion(self) -> dict[str, dict[str, int]]:
+        """planted fault -> named cause -> how often."""
+        table: dict[str, dict[str, int]] = {}
+        for outcome in self.planted:
+            assert outcome.case.fault is not None
+            row = table.setdefault(outcome.case.fault.id, {})
+            named = (outcome.cause or "(no cause)") if outcome.detected else "(not detected)"
+            row[named] = row.get(named, 0) + 1
+        return table
+
+
+# ---- which cases
+
+
+def fault_cases(models: Sequence[Specimen], configs: dict[str, Any]) -> Iterator[Case]:
+    """Every fault in every model that can have it."""
+    for fault in catalogue().values():
+        for specimen in models[:FAULTED]:
+            possible = set(fault.models) & set(specimen.answers_to) and fault.needs(configs[specimen.name])
+            asks_text = fault.where == "tokens"
+            if possible and (specimen.kind == "canary" or not asks_text):
+                yield Case(specimen, fault.dtype, fault)
+
+
+def sound_cases(models: Sequence[Specimen]) -> Iterator[Case]:
+    """Every model in every dtype, and other ways to cut the same work."""
+    ways: list[dict[str, Any]] = [
+        {},
+        {"prefill_chunk_size": 7},
+        {"prefill_chunk_size": 64, "max_num_seqs": 2},
+        {"ops": "reference"},
+    ]
+    for seed, specimen in enumerate(models):
+        if specimen.kind == "overflow":
+            continue
+        for dtype in ("float32", "bfloat16", "float16"):
+            for way in ways:
+                yield Case(specimen, dtype, None, seed, way)
+
+
+def models_in(folder: Path, sample: bool) -> list[Specimen]:
+    made = [specimens.random(folder, "llama", 1), specimens.random(folder, "qwen3.5", 2)]
+    made.append(specimens.random(folder, "llama", 3, "overflow"))
+    if sample:
+        return made
+    made.append(specimens.random(folder, "llama", 4, num_key_value_heads=1, tie_word_embeddings=False))
+    made.append(specimens.random(folder, "qwen3.5", 5, linear_num_key_heads=4, linear_conv_kernel_dim=2))
+    made.append(specimens.random(folder, "llama", 6, "massive"))
+    made.append(specimens.random(folder, "qwen3.5", 7, "massive"))
+    return [*specimens.canaries(), *made]
+
+
+# ---- running them
+
+
+@dataclass
+class Range:
+    """References are loaded once; each target is loaded afresh, so that no case sees another's cache."""
+
+    references: dict[str, TransformersBackend] = field(default_factory=dict)
+
+    def reference(self, specimen: Specimen) -> TransformersBackend:
+        if specimen.name not in self.references:
+            with specimens.quiet():
+                loaded = TransformersBackend(specimen.model_ref, EngineConfig(dtype="float32"))
+            self.references[specimen.name] = loaded
+        return self.references[specimen.name]
+
+    def shoot(self, case: Case) -> Outcome:
+        """One case, from loading the target to the verdict."""
+        began = time.monotonic()
+        settings = VerifySettings(
+            case.specimen.model_ref, dtype=case.dtype, seed=case.seed, continuation_tokens=8, long_tokens=96
+        )
+        limits = {"max_model_len": 512, "kv_cache_tokens": 8192, "max_num_seqs": 16}
+        config = settings.target_config(**(limits | case.engine))
+        target = NativeBackend(case.specimen.model_ref, config)
+        planted = case.fault.apply(target, 1.0) if case.fault else contextlib.nullcontext()
+        with planted, specimens.quiet():
+            data = verify(self.reference(case.specimen), target, settings).data
+        failed = next((f for f in data["findings"] if f["status"] == "fail"), None)
+        place, cause = data["localisation"] or {}, data["cause"] or {}
+        return Outcome(
+            case,
+            data["verdict"],
+            failed["check"] if failed else None,
+            failed["summary"] if failed else "",
+            place.get("module"),
+            place.get("op"),
+            cause.get("name"),
+            cause.get("sentence", ""),
+            cause.get("distance"),
+            time.monotonic() - began,
+        )
+
+
+def run(progress: Progress | None = None, sample: bool = False) -> DrillResult:
+    """All cases, or a sample: two random models, each fault once, and some sound runs."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, specimens.quiet():
+        models, gallery = models_in(Path(folder), sample), Range()
+        configs = {m.name: gallery.reference(m).model.config for m in models}
+        cases = [*fault_cases(models, configs), *sound_cases(models)]
+        outcomes = []
+        for i, case in enumerate(cases):
+            if progress is not None:
+                progress(f"{case.fault.id if case.fault else 'sound'}: {case.name}", i / len(cases))
+            outcomes.append(gallery.shoot(case))
+    return DrillResult(outcomes, time.monotonic() - began)
+
+
+def main() -> int:
+    """Command line: run, print the page, write it if asked to; 0 if the drill passed."""
+    import argparse
+
+    from surefoot.verify.drill_page import page
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, help="write the page here")
+    parser.add_argument("--sample", action="store_true", help="a sample: two random models")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    result = run(lambda what, share: print(f"{share or 0:5.0%}  {what}", flush=True), args.sample)
+    text = page(result)
+    print(text)
+    if args.output:
+        args.output.write_text(text, encoding="utf-8")
+    return 0 if result.passed else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
