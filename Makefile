@@ -10,14 +10,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto --dist loadfile
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.surefoot-installed
 DEVELOPER := $(VENV)/.surefoot-dev
 BUILD_FILES := pyproject.toml setup.py $(wildcard surefoot/ops/cpu/csrc/*)
 
-.PHONY: help demo test lint tree clean install dev
+.PHONY: help demo test bench-peers lint tree clean install dev
 
 help:
 	@sed -n '1,/^PYTHON/{/^#/p}' Makefile | sed 's/^# \{0,1\}//'
@@ -32,6 +32,11 @@ lint: $(DEVELOPER)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# MODEL is a folder with a Llama config.json; no weights are needed. llama.cpp is compiled here, which takes minutes.
+bench-peers: $(INSTALLED)
+	$(BIN)/python -m pip install -q llama-cpp-python gguf
+	$(BIN)/python benchmarks/bench_peers.py $(MODEL)
 
 tree:
 	$(PYTHON) tools/readme_tree.py
