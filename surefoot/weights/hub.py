@@ -19,14 +19,17 @@ from surefoot.weights.messages import one_line, some
 
 Progress = Callable[[str, "float | None"], None]
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+CONFIG_PATTERNS = ["*.json"]
 # Model files lie at the top; folders and consolidated.* hold the same weights once more in another format.
 IGNORED = ["*/*", "consolidated*"]
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUBS = {"hf": "Hugging Face", "modelscope": "ModelScope"}
 
 
-def resolve(model_ref: str | Path, *, revision: str | None = None, progress: Progress | None = None) -> Path:
-    """The folder that `model_ref` means, downloaded if need be; it has a config.json."""
+def resolve(
+    model_ref: str | Path, *, revision: str | None = None, progress: Progress | None = None, config_only: bool = False
+) -> Path:
+    """The folder that `model_ref` means, downloaded if need be; it has a config.json (`config_only`: little else)."""
     ref = str(model_ref).strip()
     if not ref:
         raise ModelError(
@@ -34,7 +37,8 @@ def resolve(model_ref: str | Path, *, revision: str | None = None, progress: Pro
         )
     hub, colon, repo = ref.partition(":")
     if colon and hub in HUBS:
-        return _check_folder(_download(hub, repo, revision, progress), ref)
+        patterns = CONFIG_PATTERNS if config_only else PATTERNS
+        return _check_folder(_download(hub, repo, revision, progress, patterns), ref)
     if revision:
         raise ModelError(f"a revision ({revision}) can only be chosen for hf:… and modelscope:… models, not for {ref}")
     if ref.startswith("canary-") and "/" not in ref:
@@ -80,7 +84,7 @@ def _check_folder(folder: Path, ref: str) -> Path:
     raise ModelError(f"not a model folder: {name} has no config.json{hint}")
 
 
-def _download(hub: str, repo: str, revision: str | None, progress: Progress | None) -> Path:
+def _download(hub: str, repo: str, revision: str | None, progress: Progress | None, patterns: list[str]) -> Path:
     repo, at, wanted = repo.partition("@")
     if at and (not wanted or (revision and revision != wanted)):
         raise ModelError(f"contradicting revisions of {hub}:{repo}: @{wanted} and {revision!r}; give one")
@@ -90,7 +94,7 @@ def _download(hub: str, repo: str, revision: str | None, progress: Progress | No
     if progress:
         progress(f"fetching {repo} from {HUBS[hub]}", None)
     fetch = _hf_snapshot() if hub == "hf" else _modelscope_snapshot(repo)
-    options: dict[str, Any] = {"revision": revision, "allow_patterns": PATTERNS, "ignore_patterns": IGNORED}
+    options: dict[str, Any] = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": IGNORED}
     try:
         return Path(fetch(repo, **options))
     except Exception as error:  # each library and version has its own exceptions; all mean: not fetched
