@@ -1,6 +1,6 @@
 """An OpenAI-compatible server that answers nonsense with known delays, and remembers when it sent what.
 
-    with running() as mock:  mock.url;  mock.sends()   # {request id: {"received": t, "sends": [[t, kind, tokens], ...]}}
+    with running() as mock:  mock.url;  mock.sends()  # {request id: {"received": t, "sends": [[t, kind, tokens], ...]}}
 
 Times are of the machine's monotonic clock, the same as a client's on this machine. The delays are in the name of the
 model, as key=value pairs: "ttft=200,itl=10" (milliseconds), and

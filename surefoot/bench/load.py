@@ -21,7 +21,7 @@ from surefoot.bench.sse import Reader
 from surefoot.bench.stats import summary
 from surefoot.core.errors import InputError
 
-LAG_EVERY = 0.01
+LAG_EVERY = 0.02
 BURST_SIZE = 8
 
 

@@ -15,7 +15,7 @@ from surefoot.core.errors import InputError
 
 POOLED = {("itl", OURS), ("itl", "vllm"), ("itl", "evalscope")}
 TARGETS = ("ttft", "tpot", "itl", "e2e")
-OVERDUE = 0.001  # seconds of send lag above which the client is named as a suspect
+OVERDUE = 0.005  # seconds of send lag above which the client is named as a suspect
 
 
 def point_metrics(logs: Sequence[RequestLog], targets: Mapping[str, float] | None = None) -> dict[str, Any]:

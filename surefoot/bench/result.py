@@ -12,6 +12,8 @@ import json
 import math
 import os
 import platform
+import re
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -158,7 +160,7 @@ def new_data(mode: str, config: Mapping[str, Any], facts: Mapping[str, Any], pro
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "partial": True,
         "mode": mode,
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "config_hash": confighash.digest(facts),
         "config_identity": dict(facts),
         "config": dict(config),
@@ -169,6 +171,13 @@ def new_data(mode: str, config: Mapping[str, Any], facts: Mapping[str, Any], pro
         "points": [],
         "definitions": table(),
     }
+
+
+def command_line() -> str:
+    """How this was started, without the key."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    hidden = [re.sub(r"^(--api-key=).*", r"\1***", word) for word in words]
+    return shlex.join("***" if before == "--api-key" else word for before, word in zip(["", *words], hidden))
 
 
 def host() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from surefoot.core.errors import InputError, SurefootError
 
 Progress = Callable[[str, "float | None"], None]
 MAX_REQUESTS = 1_000_000
+GIVE_UP = 2  # points in a row in which nothing succeeded
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,9 @@ class ServerBench:
         for point in self.points:
             self.progress(f"{point.name} ({point.index + 1}/{len(self.points)})", point.index / len(self.points))
             result.add_point(asyncio.run(self._point(point, result)))
-            if self._failed_in_row >= 2:
-                raise SurefootError(f"{self.target.backend.url} failed every request of two points in a row: stopped")
+            if self._failed_in_row == min(GIVE_UP, len(self.points)):
+                why = next(iter(result.data["points"][-1]["errors"]), "no reason given")
+                raise SurefootError(f"{self.target.backend.url} failed every request: {why}")
 
     async def _point(self, point: Point, result: Result) -> dict[str, Any]:
         jobs = list(self.jobs(point, "measured", self.count(point)))

@@ -16,7 +16,7 @@ def events(parts: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]
     """
     rest = b""
     for time, piece in parts:
-        rest += piece.replace(b"\r\n", b"\n")
+        rest = (rest + piece).replace(b"\r\n", b"\n")
         while (end := rest.find(b"\n\n")) >= 0:
             block, rest = rest[:end], rest[end + 2 :]
             if (data := _data(block)) is not None:

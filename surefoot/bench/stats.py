@@ -18,6 +18,7 @@ CONFIDENCE = 0.95
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 DRAWS = 2000  # bootstrap resamples; fewer for large samples, whose intervals are narrow anyway
 DRAWN_VALUES = 20_000_000
+BLOCK = 1_000_000  # values drawn at once
 CLUSTER_DRAWS = 200
 MIN_CLUSTERS = 20
 
@@ -63,7 +64,9 @@ def mean_interval(values: Sequence[float] | np.ndarray, confidence: float = CONF
         return None
     generator = np.random.default_rng(0)
     draws = max(200, min(DRAWS, DRAWN_VALUES // len(data)))
-    means = np.array([data[generator.integers(0, len(data), len(data))].mean() for _ in range(draws)])
+    rows = max(1, BLOCK // len(data))
+    blocks = [min(rows, draws - done) for done in range(0, draws, rows)]
+    means = np.concatenate([data[generator.integers(0, len(data), (n, len(data)))].mean(axis=1) for n in blocks])
     tail = (1 - confidence) / 2
     return float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
 

@@ -1,0 +1,131 @@
+"""One benchmark from its settings to its record on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surefoot.bench.engine import EngineBench, EngineSettings, Progress, check_sweep
+from surefoot.bench.result import NO_PROOF, ProofState, Result, match_proof, new_data
+from surefoot.bench.server import ServerBench, ServerSettings
+from surefoot.bench.target import open_target
+from surefoot.core import confighash
+from surefoot.core.config import EngineConfig
+from surefoot.core.errors import InputError, SurefootError
+
+
+@dataclass(frozen=True)
+class NamedProof:
+    """A proof document that was named, and what its own check found wrong with it."""
+
+    data: Mapping[str, Any]
+    file: str
+    complaints: list[str] = field(default_factory=list)
+
+
+def bench_engine(
+    model: str,
+    backend_name: str,
+    config: EngineConfig,
+    settings: EngineSettings,
+    output: Path,
+    proof: NamedProof | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Load, measure, write `output` and the raw samples beside it; returns the document."""
+    from surefoot.backends import open_backend
+    from surefoot.bench.steps import open_stepper
+    from surefoot.weights.hub import resolve
+
+    check_sweep(settings, {"max_model_len": config.max_model_len, "max_num_seqs": config.max_num_seqs})
+    folder = resolve(model, progress=progress)
+    if progress:
+        progress("loading the model", None)
+    begin = time.monotonic()
+    backend = open_backend(backend_name, model, config)
+    load_s = time.monotonic() - begin
+    facts = confighash.identity(
+        backend.info(),
+        model,
+        ops=config.ops,
+        random_weights=config.random_weights,
+        config_sha256=hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
+    )
+    data = new_data("engine", backend.info(), facts, _state(proof, facts, weights_time(folder)))
+    engine = getattr(backend, "engine", None)
+    bench = EngineBench(
+        open_stepper(backend),
+        engine.model if engine else getattr(backend, "model", None),
+        backend.info(),
+        settings,
+        progress,
+    )
+    data |= {"model": model, "settings": vars(settings), "requested": vars(config), "load": {"seconds": load_s}}
+    data["memory"] = bench.facts()
+    with recording(output, data) as result:
+        bench.run(result)
+        data["config"] = backend.info()  # with the op implementations that ran
+    return data
+
+
+def bench_server(
+    url: str,
+    settings: ServerSettings,
+    output: Path,
+    *,
+    model: str | None = None,
+    api_key: str | None = None,
+    endpoint: str = "completions",
+    proof: NamedProof | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure an OpenAI-compatible server; returns the document."""
+    target = open_target(url, model, api_key, endpoint, settings.timeout)
+    facts = confighash.identity(target.info(), url)
+    data = new_data("server", target.info(), facts, _state(proof, facts))
+    bench = ServerBench(target, settings, api_key, progress)
+    data |= {"model": target.backend.model, "settings": vars(settings)}
+    data["request"] = {
+        "endpoint": target.path,
+        "temperature": target.temperature,
+        "extra_fields": target.extras,
+        "prompt_form": "messages, the server's template" if endpoint == "chat" else _form(target.takes_ids, settings),
+        "notes": target.notes,
+    }
+    with contextlib.closing(target.backend), recording(output, data) as result:
+        bench.run(result)
+    return data
+
+
+def _form(takes_ids: bool, settings: ServerSettings) -> str:
+    if settings.prompts is not None:
+        return "prompts of the file, no template"
+    return "random token ids, no template" if takes_ids else "random words measured by /tokenize, no template"
+
+
+@contextlib.contextmanager
+def recording(output: Path, data: dict[str, Any]) -> Iterator[Result]:
+    """The result as a context; an error names the file that holds what was measured until then."""
+    if output.is_dir() or not output.parent.is_dir() or output.suffix != ".json":
+        raise InputError(f"cannot write {output}: give a .json file in a folder that exists")
+    try:
+        with Result(output, data) as result:
+            yield result
+    except SurefootError as error:
+        raise type(error)(f"{error}; what was measured until then is in {output}, marked partial") from error
+
+
+def _state(proof: NamedProof | None, facts: Mapping[str, Any], weights: float | None = None) -> ProofState:
+    if proof is None:
+        return NO_PROOF
+    return match_proof(proof.data, proof.file, facts, proof.complaints, weights)
+
+
+def weights_time(folder: Path) -> float | None:
+    """When the newest weight file was changed (seconds since the epoch)."""
+    return max((p.stat().st_mtime for p in folder.glob("*.safetensors")), default=None)
