@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from surefoot import __version__
-from surefoot.cli import info, proof, quantize, run, selftest, serve, verify
+from surefoot.cli import bench, info, proof, quantize, run, selftest, serve, verify
 from surefoot.core.errors import SurefootError
 
 app = typer.Typer(
@@ -56,6 +56,7 @@ app.command("selftest", short_help="Check that a device computes right.")(selfte
 app.command("verify", short_help="Prove that a model computes the right thing.")(verify.verify)
 app.add_typer(proof.app, name="proof", short_help="Check, show or compare proofs.")
 app.command("quantize", short_help="Write a quantised copy of a model.")(quantize.quantize)
+app.command("bench", short_help="Measure how fast a model or a server is.")(bench.bench)
 app.command("info", short_help="Show what is in effect for a model.")(info.info)
 
 
