@@ -2,8 +2,8 @@
 
 Two forms are read. The table of `npu-smi info` has two rows a chip, whatever its width:
 
-    | 0     910B3               | OK            | 93.6        40                0    / 0             |  health, W, C
-    | 0                         | 0000:C1:00.0  | 0           0    / 0          3365 / 65536         |  bus, AICore %, MB
+    | 0     910B3               | OK            | 93.6        40                0    / 0             |  health W C
+    | 0                         | 0000:C1:00.0  | 0           0    / 0          3365 / 65536         |  bus AICore MB
 
 The last `used / total` pair of the second row is the memory that models live in: HBM, or DDR on a 310P. An A3 card has
 two chips and gives `-` for the second one's power; a 310P gives `NA`. The detailed queries, `npu-smi info -t
