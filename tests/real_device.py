@@ -1,7 +1,7 @@
 """Tensors that say they are on the meta device and hold real numbers on the CPU.
 
-A model runs on them as on a device of its own: every factory, copy and view goes through the tracer, none takes the CPU's
-short cuts, and the numbers are real. A trace of such a run is what a trace on meta has to equal.
+A model runs on them as on a device of its own: every factory, copy and view goes through the tracer, none takes the
+CPU's short cuts, and the numbers are real. A trace of such a run is what a trace on meta has to equal.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
     python tools/read_npu_registry.py wheels/torch_npu-2.13.0-*.whl --write      # or without --write: compare only
 
 Read from the wheel's text: operators with an NPU kernel (`csrc/aten/*.yaml`), the `npu::` schemas (the same files, and
-`_npu_lib.define` in Python), and Meta kernels (`@impl`). Read from the dispatcher of the running PyTorch, which must be the
-release that the wheel asks for: which aten operators are composites, and which have a CPU kernel only.
-Not in the text: kernels of other namespaces (`atb::`, `c10d::`, ...), which the wheel registers in C++. They were read once
-from the loaded library and are carried over from the existing file.
+`_npu_lib.define` in Python), and Meta kernels (`@impl`). Read from the dispatcher of the running PyTorch, which must be
+the release that the wheel asks for: which aten operators are composites, and which have a CPU kernel only.
+Not in the text: kernels of other namespaces (`atb::`, `c10d::`, ...), which the wheel registers in C++. They were read
+once from the loaded library and are carried over from the existing file.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def short(func: str) -> str:
 
 
 def schema(text: str) -> tuple[str, str]:
-    """(name, canonical text) of an `npu::` schema, as torch_npu registers it: the first argument `self` is called `input`,
-    and several outputs of an `.out` form are one list."""
+    """(name, canonical text) of an `npu::` schema as torch_npu registers it: the argument `self` is called `input`, and
+    several outputs of an `.out` form are one list."""
     text = re.sub(r"\bself\b(?=[,)])", "input", text, count=1)
     outputs = re.search(r"((?:, Tensor\(\w!\) \w+){2,})\) -> \((.*)\)$", text)
     if short(text).endswith(".out") and outputs:

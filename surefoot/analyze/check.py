@@ -41,15 +41,16 @@ def check_operators(
             through = "native"
         except ModelError:
             through = "transformers"
-    sizes = {"dtype": dtype, "batch": batch, "prompt": prompt}
     if through == "native":
         from surefoot.analyze.native import trace_engine
 
-        return cover(model, "Surefoot's engine", known, trace_engine(config, known, **sizes))
+        return cover(
+            model, "Surefoot's engine", known, trace_engine(config, known, dtype=dtype, batch=batch, prompt=prompt)
+        )
 
     import transformers
 
     from surefoot.analyze.hf import trace_folder
 
-    *tracers, incomplete = trace_folder(folder, known, **sizes)
+    *tracers, incomplete = trace_folder(folder, known, dtype=dtype, batch=batch, prompt=prompt)
     return cover(model, f"transformers {transformers.__version__}", known, tracers, incomplete)

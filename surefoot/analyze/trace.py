@@ -1,9 +1,9 @@
 """Which operators a forward pass needs on a device, seen without the device, by dispatching as the device would.
 
 Under `torch.inference_mode()` every operator reaches the tracer whole, before PyTorch takes it apart. The registry then
-decides as the dispatcher does for NPU tensors: an operator with an NPU kernel is a leaf, a composite is taken apart by the
-same C++ kernel that would take it apart there, and the rest is a CPU fallback or missing. On the meta device no data is
-needed, so neither weights nor memory are. Operators that touch no tensor of the traced device are host work, not counted.
+decides as the dispatcher does for NPU tensors: an operator with an NPU kernel is a leaf, a composite is taken apart by
+the same C++ kernel that would take it apart there, and the rest is a CPU fallback or missing. On the meta device no data
+is needed, so neither weights nor memory are. Operators on host tensors alone are host work and not counted.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class OpUse:
 
 
 class HostData(TorchFunctionMode):
-    """`torch.tensor([1, 2], device=d)` as a device has it: made on the host, then copied. On meta it would be no copy."""
+    """`torch.tensor([1, 2], device=d)` as a device has it: made on the host, then copied. On meta it is no copy."""
 
     def __init__(self, device: str):
         super().__init__()
