@@ -24,7 +24,7 @@ COMMON = [
     "-fno-semantic-interposition",
 ]
 # GCC 12 warns about its own AVX-512 header.
-QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+QUIET = ["-Wno-array-bounds", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"]
 VARIANTS = {

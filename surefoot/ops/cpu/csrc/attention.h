@@ -64,7 +64,7 @@ template <int R, class T> static void decode_scores(const float* q, long Dp, con
         SF_UNROLL for (int j = 0; j < 4; ++j) acc[i][j] = f_fma(a, b[j], acc[i][j]);
       }
     }
-    SF_UNROLL for (int i = 0; i < R; ++i) f_hsum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3], s + i * BT + t);
+    SF_UNROLL for (int i = 0; i < R; ++i) store4(s + i * BT + t, f_hsum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]));
   }
 }
 

@@ -8,24 +8,26 @@ namespace SF_ISA {
 constexpr long SMALL = 64;  // tokens up to which weights are read from memory once and used for all
 // Weights per task: for few tokens a fair share of a thread's work; for many what stays in a core's L2.
 constexpr long TASK_BYTES = 128 * 1024, TASK_BYTES_MANY = 256 * 1024;
-constexpr long ROW_BYTES = 4096;  // of one token's activations that stay in L1 while a task's channels pass
+constexpr long ROW_BYTES = 4096;  // of one token's activations, used before going on along K
+constexpr long AHEAD = 16 * 1024;  // bytes to prefetch ahead, at least: twice what memory delivers in its own latency
 
 struct Finish {  // adds the bias and writes in the output's dtype
   const Linear& job;
 
-  template <class T> void write(const float out[][4], int rows, long m, long n) const {
+  template <class T> void write(const Float4 out[], int rows, long m, long n) const {
     const long count = min_l(4, job.N - n);
-    float bias[4] = {};
+    Float4 bias = {};
     if (job.bias)
       for (long j = 0; j < count; ++j) bias[j] = read_any(job.bias, job.bias_type, n + j);
     T* y = static_cast<T*>(job.y) + m * job.ldy + n;
     for (int i = 0; i < rows; ++i, y += job.ldy) {
-      if (count == 4) store4(y, out[i], bias);
+      const Float4 v = out[i] + bias;
+      if (count == 4) store4(y, v);
       else
-        for (long j = 0; j < count; ++j) from_float(y + j, out[i][j] + bias[j]);
+        for (long j = 0; j < count; ++j) from_float(y + j, v[j]);
     }
   }
-  void operator()(const float out[][4], int rows, long m, long n) const {
+  void operator()(const Float4 out[], int rows, long m, long n) const {
     if (job.xtype == F32) write<float>(out, rows, m, n);
     else if (job.xtype == BF16) write<bf16>(out, rows, m, n);
     else write<f16>(out, rows, m, n);
@@ -34,45 +36,69 @@ struct Finish {  // adds the bias and writes in the output's dtype
 
 // A tile of `rows` <= R tokens, whatever its height.
 template <class Tile, int R>
-static void tile_of(int rows, const Tiles& t, const Finish& done, long n, long m, unsigned fetch, const Range& range) {
+static void tile_of(int rows, const Tiles& t, const Finish& done, long n, long m, const Range& range) {
   if (rows == R) {
-    float out[R][4];
-    if (Tile::template run<R>(t, n, m, fetch, range, out)) done(out, R, m, n);
+    Float4 out[R];
+    if (Tile::template run<R>(t, n, m, range, out)) done(out, R, m, n);
   } else if constexpr (R > 1) {
-    tile_of<Tile, R - 1>(rows, t, done, n, m, fetch, range);
+    tile_of<Tile, R - 1>(rows, t, done, n, m, range);
   }
 }
 
-template <class Tile> static void multiply(const Linear& job, const Tiles& t) {
-  const Finish done{job};
-  const long quads = ceil_div(t.N, 4), tiles = ceil_div(job.M, ROWS);
-  const auto first_row = [&](long i) { return job.M * i / tiles; };  // tiles of nearly equal height
-  const auto fetch = [&](long i) {  // rows that tile i prefetches: those with j % tiles == i
-    unsigned mask = 0;
-    for (long j = 0; j < 4; ++j) mask |= unsigned(j % tiles == i) << j;
-    return mask;
-  };
-  const auto run = [&](long quad, long i, unsigned rows_to_fetch, const Range& range) {
-    tile_of<Tile, ROWS>(int(first_row(i + 1) - first_row(i)), t, done, 4 * quad, first_row(i), rows_to_fetch, range);
-  };
+template <class Tile> struct Multiply {
+  static constexpr long SAVED = Tile::ROWS_MAX * 4 * sizeof(F);  // bytes of a tile's accumulators
+  const Linear& job;
+  const Tiles& t;
+  const long quads = ceil_div(t.N, 4), tiles = ceil_div(job.M, Tile::ROWS_MAX);
   const bool small = job.M <= SMALL;
-  long per_task = max_l(1, (small ? TASK_BYTES : TASK_BYTES_MANY) / (4 * t.w_bytes));
-  per_task = min_l(per_task, max_l(1, ceil_div(quads, 4L * num_threads())));
-  const long range = ROW_BYTES / long(sizeof(typename Tile::X));
-  parallel(ceil_div(quads, per_task), double(t.N) * double(t.K) * double(job.M), [&](long task) {
-    const long first = task * per_task, last = min_l(quads, first + per_task);
-    if (small) {
-      for (long quad = first; quad < last; ++quad)
-        for (long i = 0; i < tiles; ++i) run(quad, i, fetch(i), {0, t.K, nullptr});
-      return;
-    }
-    char* saved = static_cast<char*>(scratch(TASK, size_t(last - first) * ROWS * 4 * sizeof(F)));
+  const long range = tiles == 1 ? t.K : min_l(t.K, ROW_BYTES / long(sizeof(typename Tile::X)));
+
+  long first_row(long i) const { return job.M * i / tiles; }  // tiles of nearly equal height
+  void run(long quad, long i, const Range& r) const {
+    tile_of<Tile, Tile::ROWS_MAX>(int(first_row(i + 1) - first_row(i)), t, Finish{job}, 4 * quad, first_row(i), r);
+  }
+
+  // How far behind the weights of this range those lie that are wanted next; 0 at the end.
+  long ahead(long quad, long k) const {
+    const long quad_bytes = 4 * t.w_bytes, range_bytes = t.w_bytes * range / t.K;
+    if (k + range < t.K) return range_bytes;
+    const long later = t.K > range ? 1 : ceil_div(AHEAD, quad_bytes);
+    return quad + later < quads - 1 ? later * quad_bytes - t.w_bytes * k / t.K : 0;
+  }
+
+  // Few tokens: weights come from memory; a range of four rows serves all tokens while it is in L1.
+  void few(long first, long last) const {
+    char* saved = static_cast<char*>(scratch(TASK, size_t(tiles * SAVED)));
+    for (long quad = first; quad < last; ++quad)
+      for (long k = 0; k < t.K; k += range)
+        for (long i = 0; i < tiles; ++i) {
+          unsigned fetch = 0;
+          for (long j = 0; j < 4; ++j) fetch |= unsigned(j % tiles == i) << j;
+          run(quad, i, {k, min_l(t.K, k + range), saved + i * SAVED, fetch, ahead(quad, k)});
+        }
+  }
+
+  // Many tokens: a tile of them stays in L1 for a range and meets the task's weights in L2.
+  void many(long first, long last) const {
+    char* saved = static_cast<char*>(scratch(TASK, size_t((last - first) * SAVED)));
     for (long i = 0; i < tiles; ++i)
       for (long k = 0; k < t.K; k += range)
         for (long quad = first; quad < last; ++quad)
-          run(quad, i, 0, {k, min_l(t.K, k + range), saved + (quad - first) * ROWS * 4 * long(sizeof(F))});
-  });
-}
+          run(quad, i, {k, min_l(t.K, k + range), saved + (quad - first) * SAVED, 0, 0});
+  }
+
+  void operator()() const {
+    long per_task = max_l(1, (small ? TASK_BYTES : TASK_BYTES_MANY) / (4 * t.w_bytes));
+    per_task = min_l(per_task, max_l(1, ceil_div(quads, 4L * num_threads())));
+    parallel(ceil_div(quads, per_task), double(t.N) * double(t.K) * double(job.M), [&](long task) {
+      const long first = task * per_task, last = min_l(quads, first + per_task);
+      if (small) few(first, last);
+      else many(first, last);
+    });
+  }
+};
+
+template <class Tile> static void multiply(const Linear& job, const Tiles& t) { Multiply<Tile>{job, t}(); }
 
 // x as rows of X (its own type, or widened to float), padded with zeros to a multiple of STEP; in place where possible.
 template <class X, class T> static void prepare_float(const Linear& job, long step, Tiles* t) {

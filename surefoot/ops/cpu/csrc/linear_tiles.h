@@ -19,11 +19,16 @@ struct Tiles {
   long N, K, group;
 };
 
-// The next four rows lie right behind these four. Bit j of `fetch` says that this tile is to bring in the next row j, each
-// line while its neighbour is used; several tiles of tokens share the work, so that memory is busy during all of them.
-static SF_INLINE long distance(const Tiles& t, long n, unsigned fetch, int j) {
-  return fetch >> j & 1 && n + 8 <= t.N ? 4 * t.w_bytes : 0;
-}
+// What one call of a tile does: elements [k0, k1) of K.
+struct Range {
+  long k0, k1;
+  void* saved;     // R x 4 vectors for the accumulators; not touched if the range is all of K
+  // Weights that are needed next lie `ahead` bytes behind those in use; bit j of `fetch` says that this tile is to bring in
+  // row j of them, each line while its neighbour is used. The tiles of tokens share this, so memory is busy during all.
+  unsigned fetch;
+  long ahead;
+  long distance(int j) const { return fetch >> j & 1 ? ahead : 0; }
+};
 
 // Four weight rows from channel n on (the last one repeated at the end), walked STEP elements at a time.
 //
@@ -31,9 +36,9 @@ static SF_INLINE long distance(const Tiles& t, long n, unsigned fetch, int j) {
 // and goes through the one loop: otherwise GCC keeps the accumulators in memory, which costs two thirds of the speed.
 template <class W, int STEP> class Rows {
  public:
-  SF_INLINE Rows(const Tiles& t, long n, unsigned fetch) : whole_(t.K / STEP * STEP) {
+  SF_INLINE Rows(const Tiles& t, long n, const Range& range) : whole_(t.K / STEP * STEP) {
     SF_UNROLL for (int j = 0; j < 4; ++j) p_[j] = reinterpret_cast<const W*>(t.w + min_l(n + j, t.N - 1) * t.w_bytes);
-    SF_UNROLL for (int j = 0; j < 4; ++j) ahead_[j] = distance(t, n, fetch, j);
+    SF_UNROLL for (int j = 0; j < 4; ++j) ahead_[j] = range.distance(j);
     if (whole_ < t.K) {
       memset(rest_, 0, sizeof rest_);
       for (int j = 0; j < 4; ++j) memcpy(rest_[j], p_[j] + whole_, size_t(t.K - whole_) * sizeof(W));
@@ -58,11 +63,6 @@ template <class W, int STEP> class Rows {
   const W* p_[4];
   long whole_, ahead_[4];
   W rest_[4][STEP];
-};
-
-struct Range {
-  long k0, k1;
-  void* saved;  // R x 4 vectors; not touched if the range is all of K
 };
 
 template <int R, class V, class Zero> static SF_INLINE void resume(V acc[R][4], const Range& r, const Zero& zero) {
@@ -112,11 +112,12 @@ struct Bf16Tile {  // bf16 weights and activations as they are
 #endif
 
 template <class Kind, class W> struct DenseTile {
+  static constexpr int ROWS_MAX = ROWS;
   typedef typename Kind::X X;
 
-  template <int R> static bool run(const Tiles& t, long n, long m0, unsigned fetch, const Range& range, float out[][4]) {
+  template <int R> static bool run(const Tiles& t, long n, long m0, const Range& range, Float4 out[]) {
     constexpr int STEP = Kind::STEP;
-    const Rows<W, STEP> rows(t, n, fetch);
+    const Rows<W, STEP> rows(t, n, range);
     const X* x = static_cast<const X*>(t.x) + m0 * t.ldx;
     F acc[R][4];
     resume<R>(acc, range, f_zero);
@@ -124,13 +125,21 @@ template <class Kind, class W> struct DenseTile {
       Kind::template step<R>(acc, w, x + k, t.ldx);
     });
     if (suspend<R>(acc, range, t.K)) return false;
-    SF_UNROLL for (int m = 0; m < R; ++m) f_hsum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3], out[m]);
+    SF_UNROLL for (int m = 0; m < R; ++m) out[m] = f_hsum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
     return true;
   }
 };
 
+static SF_INLINE Float4 channel_scales(const Tiles& t, long n) {
+  const float* scale = static_cast<const float*>(t.wscale);
+  Float4 four;
+  SF_UNROLL for (int j = 0; j < 4; ++j) four[j] = scale[min_l(n + j, t.N - 1)];
+  return four;
+}
+
 struct Int8Tile {  // int8 weights, int8 activations: exact integers, scaled once at the end
   typedef A8 X;
+  static constexpr int ROWS_MAX = ROWS;
 
   template <int R> static SF_INLINE void step(I acc[R][4], const int8_t* const w[4], const A8* x, long ldx) {
     W8 b[4];
@@ -141,8 +150,8 @@ struct Int8Tile {  // int8 weights, int8 activations: exact integers, scaled onc
     }
   }
 
-  template <int R> static bool run(const Tiles& t, long n, long m0, unsigned fetch, const Range& range, float out[][4]) {
-    const Rows<int8_t, A8_STEP> rows(t, n, fetch);
+  template <int R> static bool run(const Tiles& t, long n, long m0, const Range& range, Float4 out[]) {
+    const Rows<int8_t, A8_STEP> rows(t, n, range);
     const A8* x = static_cast<const A8*>(t.x) + m0 * t.ldx;
     I acc[R][4];
     resume<R>(acc, range, i_zero);
@@ -150,12 +159,10 @@ struct Int8Tile {  // int8 weights, int8 activations: exact integers, scaled onc
       step<R>(acc, w, x + k, t.ldx);
     });
     if (suspend<R>(acc, range, t.K)) return false;
-    const float* scale = static_cast<const float*>(t.wscale);
+    const Float4 scale = channel_scales(t, n);
     SF_UNROLL for (int m = 0; m < R; ++m) {
-      int32_t sums[4];
-      i_hsum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3], sums);
-      SF_UNROLL for (int j = 0; j < 4; ++j)
-        out[m][j] = float(sums[j] - t.sums[m0 + m]) * (t.scales[m0 + m] * scale[min_l(n + j, t.N - 1)]);
+      const Int4 sums = i_hsum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]) - t.sums[m0 + m];
+      out[m] = __builtin_convertvector(sums, Float4) * (t.scales[m0 + m] * scale);
     }
     return true;
   }
@@ -163,6 +170,7 @@ struct Int8Tile {  // int8 weights, int8 activations: exact integers, scaled onc
 
 struct Int8WideTile {  // int8 weights, int16 activations: exact integers within a block, then fp32
   typedef int16_t X;
+  static constexpr int ROWS_MAX = ROWS;
 
   template <int R> static SF_INLINE void step(I acc[R][4], const int8_t* const w[4], const int16_t* x, long ldx) {
     W16 b[4];
@@ -173,8 +181,8 @@ struct Int8WideTile {  // int8 weights, int16 activations: exact integers within
     }
   }
 
-  template <int R> static bool run(const Tiles& t, long n, long m0, unsigned fetch, const Range& range, float out[][4]) {
-    const Rows<int8_t, A16_STEP> rows(t, n, fetch);
+  template <int R> static bool run(const Tiles& t, long n, long m0, const Range& range, Float4 out[]) {
+    const Rows<int8_t, A16_STEP> rows(t, n, range);
     const int16_t* x = static_cast<const int16_t*>(t.x) + m0 * t.ldx;
     F total[R][4];
     resume<R>(total, range, f_zero);
@@ -192,17 +200,16 @@ struct Int8WideTile {  // int8 weights, int16 activations: exact integers within
       }
     }
     if (suspend<R>(total, range, t.K)) return false;
-    const float* scale = static_cast<const float*>(t.wscale);
-    SF_UNROLL for (int m = 0; m < R; ++m) {
-      f_hsum4(total[m][0], total[m][1], total[m][2], total[m][3], out[m]);
-      SF_UNROLL for (int j = 0; j < 4; ++j) out[m][j] *= scale[min_l(n + j, t.N - 1)];
-    }
+    const Float4 scale = channel_scales(t, n);
+    SF_UNROLL for (int m = 0; m < R; ++m)
+      out[m] = f_hsum4(total[m][0], total[m][1], total[m][2], total[m][3]) * scale;
     return true;
   }
 };
 
 template <class S> struct Int4Tile {  // int4 weights in groups of 32 or 128 n, int16 activations
   typedef int16_t X;
+  static constexpr int ROWS_MAX = W4_ROWS;
   static constexpr int C = W4_COLUMNS;
 
   static inline F group_scales(const S* scale, long group, long step) {
@@ -228,7 +235,7 @@ template <class S> struct Int4Tile {  // int4 weights in groups of 32 or 128 n, 
     }
   }
 
-  template <int R> static bool run(const Tiles& t, long n, long m0, unsigned fetch, const Range& range, float out[][4]) {
+  template <int R> static bool run(const Tiles& t, long n, long m0, const Range& range, Float4 out[]) {
     const long steps = t.K / W4_STEP, rest = t.K % W4_STEP;
     uint8_t last[4][W4_STEP / 2] = {};
     S last_scales[4][W4_STEP / 32] = {};
@@ -252,7 +259,7 @@ template <class S> struct Int4Tile {  // int4 weights in groups of 32 or 128 n, 
         F scale[C];
         SF_UNROLL for (int j = 0; j < C; ++j) {
           w[j] = rows[c + j] + s * (W4_STEP / 2);
-          prefetch(w[j] + distance(t, n, fetch, c + j));
+          prefetch(w[j] + range.distance(c + j));
           scale[j] = group_scales(scales[c + j], t.group, s);
         }
         step<R>(acc, w, scale, t, m0, s);
@@ -270,7 +277,7 @@ template <class S> struct Int4Tile {  // int4 weights in groups of 32 or 128 n, 
         SF_UNROLL for (int j = 0; j < C; ++j) total[m][c + j] = acc[m][j];
     }
     if (suspend<R>(total, range, t.K)) return false;
-    SF_UNROLL for (int m = 0; m < R; ++m) f_hsum4(total[m][0], total[m][1], total[m][2], total[m][3], out[m]);
+    SF_UNROLL for (int m = 0; m < R; ++m) out[m] = f_hsum4(total[m][0], total[m][1], total[m][2], total[m][3]);
     return true;
   }
 };

@@ -7,7 +7,7 @@ namespace sf {
 namespace SF_ISA {
 
 // 16-bit activations have one scale for this many elements: an outlier costs precision only in its block.
-constexpr long BLOCK = 256;
+constexpr long BLOCK = 512;
 
 static inline long round_up(long n, long step) { return ceil_div(n, step) * step; }
 

@@ -43,11 +43,11 @@ static inline float f_hmax(F x) {
   return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
 }
 // Four sums at once: interleaving before adding halves the work of four separate reductions.
-static inline void f_hsum4(F a, F b, F c, F d, float* out) {
+static inline Float4 f_hsum4(F a, F b, F c, F d) {
   const F ab = f_add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
   const F cd = f_add(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
   const F lo = _mm256_shuffle_ps(ab, cd, 0x44), hi = _mm256_shuffle_ps(ab, cd, 0xee);
-  _mm_storeu_ps(out, fold(f_add(lo, hi)));
+  return fold(f_add(lo, hi));
 }
 
 static inline F load(const float* p) { return f_load(p); }
@@ -69,27 +69,22 @@ static inline void store(bf16* p, F x) {
 }
 static inline void store(f16* p, F x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, 0)); }
 
-// y[0 ... 3] = x + bias
-static inline __m128 sum4(const float* x, const float* bias) { return _mm_add_ps(_mm_loadu_ps(x), _mm_loadu_ps(bias)); }
-static inline void store4(float* y, const float* x, const float* bias) { _mm_storeu_ps(y, sum4(x, bias)); }
-static inline void store4(bf16* y, const float* x, const float* bias) {
-  const __m128 v = sum4(x, bias);
+static inline void store4(float* y, Float4 v) { _mm_storeu_ps(y, v); }
+static inline void store4(bf16* y, Float4 v) {
   const __m128i u = _mm_castps_si128(v), odd = _mm_and_si128(_mm_srli_epi32(u, 16), _mm_set1_epi32(1));
   const __m128i r = _mm_add_epi32(u, _mm_add_epi32(odd, _mm_set1_epi32(0x7fff)));
   const __m128i quiet = _mm_or_si128(u, _mm_set1_epi32(0x400000)), nan = _mm_castps_si128(_mm_cmpunord_ps(v, v));
   const __m128i top = _mm_srli_epi32(_mm_blendv_epi8(r, quiet, nan), 16);
   _mm_storel_epi64((__m128i*)y, _mm_packus_epi32(top, top));
 }
-static inline void store4(f16* y, const float* x, const float* bias) {
-  _mm_storel_epi64((__m128i*)y, _mm_cvtps_ph(sum4(x, bias), 0));
-}
+static inline void store4(f16* y, Float4 v) { _mm_storel_epi64((__m128i*)y, _mm_cvtps_ph(v, 0)); }
 
 static inline I i_zero() { return _mm256_setzero_si256(); }
 static inline I i_load(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
 static inline F i_to_f(I x) { return _mm256_cvtepi32_ps(x); }
-static inline void i_hsum4(I a, I b, I c, I d, int32_t* out) {
+static inline Int4 i_hsum4(I a, I b, I c, I d) {
   const I s = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
-  _mm_storeu_si128((__m128i*)out, _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1)));
+  return (Int4)_mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
 }
 // Stores round-to-nearest-even integers of x, which the caller keeps in range.
 static inline __m128i rounded16(F x) {
@@ -140,7 +135,7 @@ static inline I dot_a8(I acc, W8 w, I a) { return dot_a16(acc, w, a); }
 
 // int4 weights, 64 a step: nibble j of each 16 bits goes to vector j, so vector j holds elements 4i + j.
 constexpr int W4_STEP = 64;
-constexpr int W4_COLUMNS = 1;
+constexpr int W4_COLUMNS = 1, W4_ROWS = 3;
 static inline void w4_load(const uint8_t* p, W16 w[4]) {
   const __m256i x = _mm256_loadu_si256((const __m256i*)p), mask = _mm256_set1_epi16(15);
   w[0] = _mm256_and_si256(x, mask);

@@ -43,11 +43,11 @@ static inline __m128i fold(__m512i x) {
   return _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
 }
 // Four sums at once: interleaving before adding halves the work of four separate reductions.
-static inline void f_hsum4(F a, F b, F c, F d, float* out) {
+static inline Float4 f_hsum4(F a, F b, F c, F d) {
   const F ab = f_add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const F cd = f_add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
   const F lo = _mm512_shuffle_ps(ab, cd, 0x44), hi = _mm512_shuffle_ps(ab, cd, 0xee);
-  _mm_storeu_ps(out, fold(f_add(lo, hi)));
+  return fold(f_add(lo, hi));
 }
 
 static inline F load(const float* p) { return f_load(p); }
@@ -65,29 +65,24 @@ static inline void store(bf16* p, F x) {
 }
 static inline void store(f16* p, F x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, 0)); }
 
-// y[0 ... 3] = x + bias
-static inline __m128 sum4(const float* x, const float* bias) { return _mm_add_ps(_mm_loadu_ps(x), _mm_loadu_ps(bias)); }
-static inline void store4(float* y, const float* x, const float* bias) { _mm_storeu_ps(y, sum4(x, bias)); }
-static inline void store4(bf16* y, const float* x, const float* bias) {
-  const __m128 v = sum4(x, bias);
+static inline void store4(float* y, Float4 v) { _mm_storeu_ps(y, v); }
+static inline void store4(bf16* y, Float4 v) {
   const __m128i u = _mm_castps_si128(v), odd = _mm_and_si128(_mm_srli_epi32(u, 16), _mm_set1_epi32(1));
   const __m128i r = _mm_add_epi32(u, _mm_add_epi32(odd, _mm_set1_epi32(0x7fff)));
   const __m128i quiet = _mm_or_si128(u, _mm_set1_epi32(0x400000)), nan = _mm_castps_si128(_mm_cmpunord_ps(v, v));
   const __m128i top = _mm_srli_epi32(_mm_blendv_epi8(r, quiet, nan), 16);
   _mm_storel_epi64((__m128i*)y, _mm_packus_epi32(top, top));
 }
-static inline void store4(f16* y, const float* x, const float* bias) {
-  _mm_storel_epi64((__m128i*)y, _mm_cvtps_ph(sum4(x, bias), 0));
-}
+static inline void store4(f16* y, Float4 v) { _mm_storel_epi64((__m128i*)y, _mm_cvtps_ph(v, 0)); }
 
 static inline I i_zero() { return _mm512_setzero_si512(); }
 static inline I i_load(const int32_t* p) { return _mm512_loadu_si512(p); }
 static inline F i_to_f(I x) { return _mm512_cvtepi32_ps(x); }
-static inline void i_hsum4(I a, I b, I c, I d, int32_t* out) {
+static inline Int4 i_hsum4(I a, I b, I c, I d) {
   const I ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
   const I cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
   const I lo = _mm512_unpacklo_epi64(ab, cd), hi = _mm512_unpackhi_epi64(ab, cd);
-  _mm_storeu_si128((__m128i*)out, fold(_mm512_add_epi32(lo, hi)));
+  return (Int4)fold(_mm512_add_epi32(lo, hi));
 }
 // Stores round-to-nearest-even integers of x, which the caller keeps in range.
 static inline void store_rounded(int8_t* p, F x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))); }
@@ -121,7 +116,7 @@ static inline I dot_a16(I acc, W16 w, I a) { SF_DOT("vpdpwssd", acc, w, a); retu
 
 // int4 weights, 128 a step: nibble j of each 16 bits goes to vector j, so vector j holds elements 4i + j.
 constexpr int W4_STEP = 128;
-constexpr int W4_COLUMNS = 2;
+constexpr int W4_COLUMNS = 2, W4_ROWS = 5;
 static inline void w4_load(const uint8_t* p, W16 w[4]) {
   const __m512i x = _mm512_loadu_si512(p), mask = _mm512_set1_epi16(15);
   w[0] = _mm512_and_si512(x, mask);

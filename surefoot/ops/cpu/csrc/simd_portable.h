@@ -44,21 +44,15 @@ static inline float f_hmax(F x) {
   for (int i = 1; i < LANES; ++i) m = m > x.v[i] ? m : x.v[i];
   return m;
 }
-static inline void f_hsum4(F a, F b, F c, F d, float* out) {
-  out[0] = f_hsum(a);
-  out[1] = f_hsum(b);
-  out[2] = f_hsum(c);
-  out[3] = f_hsum(d);
-}
+static inline Float4 f_hsum4(F a, F b, F c, F d) { return Float4{f_hsum(a), f_hsum(b), f_hsum(c), f_hsum(d)}; }
 
 template <class T> static inline F load(const T* p) { return f_map([&](int i) { return to_float(p[i]); }); }
 template <class T> static inline void store(T* p, F x) {
   for (int i = 0; i < LANES; ++i) from_float(p + i, x.v[i]);
 }
 
-// y[0 ... 3] = x + bias
-template <class T> static inline void store4(T* y, const float* x, const float* bias) {
-  for (int j = 0; j < 4; ++j) from_float(y + j, x[j] + bias[j]);
+template <class T> static inline void store4(T* y, Float4 v) {
+  for (int j = 0; j < 4; ++j) from_float(y + j, v[j]);
 }
 
 static inline I i_zero() { return I{}; }
@@ -68,13 +62,12 @@ static inline I i_load(const int32_t* p) {
   return r;
 }
 static inline F i_to_f(I x) { return f_map([&](int i) { return float(x.v[i]); }); }
-static inline void i_hsum4(I a, I b, I c, I d, int32_t* out) {
-  const I* all[4] = {&a, &b, &c, &d};
-  for (int j = 0; j < 4; ++j) {
-    out[j] = 0;
-    for (int i = 0; i < LANES; ++i) out[j] += all[j]->v[i];
-  }
+static inline int32_t i_hsum(I x) {
+  int32_t sum = 0;
+  for (int i = 0; i < LANES; ++i) sum += x.v[i];
+  return sum;
 }
+static inline Int4 i_hsum4(I a, I b, I c, I d) { return Int4{i_hsum(a), i_hsum(b), i_hsum(c), i_hsum(d)}; }
 // Stores round-to-nearest-even integers of x, which the caller keeps in range.
 template <class Q> static inline void store_rounded(Q* p, F x) {
   for (int i = 0; i < LANES; ++i) p[i] = Q(rintf(x.v[i]));
@@ -111,7 +104,7 @@ static inline I dot_a8(I acc, const W8& w, const I16& a) { return dot_a16(acc, w
 
 // int4 weights, 64 a step: nibble j of each 16 bits goes to vector j, so vector j holds elements 4i + j.
 constexpr int W4_STEP = 8 * LANES;
-constexpr int W4_COLUMNS = 1;
+constexpr int W4_COLUMNS = 1, W4_ROWS = 2;
 static inline void w4_load(const uint8_t* p, W16 w[4]) {
   for (int i = 0; i < A16_STEP; ++i)
     for (int j = 0; j < 4; ++j) w[j].v[i] = int16_t(p[2 * i + j / 2] >> (j % 2 * 4) & 15);

@@ -18,6 +18,10 @@ struct f16 { uint16_t bits; };
 // The codes that Python passes for tensor dtypes.
 enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };
 
+// Four values at a time, for what is left of a tile after its sums; compilers have this on every processor.
+typedef float Float4 __attribute__((vector_size(16)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
+
 static inline float bits_to_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 static inline uint32_t float_to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 
