@@ -22,6 +22,7 @@ from surefoot.device.telemetry import Sampler
 
 Progress = Callable[[str, "float | None"], None]
 TELEMETRY_EVERY = 0.5
+UNEVEN = 1.25  # mean over median of the decode steps, above which something disturbed them
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,11 @@ class EngineBench:
             "mixed_steps": sum(len(p.of("mixed")) for p in passes),
             "warnings": _warnings(passes),
         }
-        return point | {"decode": self._decode(passes, batch, length, count)}
+        decode = self._decode(passes, batch, length, count)
+        if decode and decode["step_s"]["mean"] > UNEVEN * decode["step_s"]["median"]:
+            ratio = decode["step_s"]["mean"] / decode["step_s"]["median"]
+            point["warnings"].append(f"uneven decode steps: their mean is {ratio:.1f} times their median")
+        return point | {"decode": decode}
 
     def _decode(self, passes: list[Pass], batch: int, length: int, count: int) -> dict[str, Any] | None:
         """Steps in which the whole batch decodes; None if there is none (one output token)."""

@@ -184,12 +184,14 @@ def host() -> dict[str, Any]:
     """The machine on which the client or the engine ran."""
     from surefoot.device.cpu import CpuDevice
 
-    load = os.getloadavg() if hasattr(os, "getloadavg") else None
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    busy = f"{load:.1f} processes wanted this machine's {cores} CPUs when the benchmark began: others disturb it"
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),
         "cpu": CpuDevice().name(),
         "load_average_before": load,
+        "warnings": [busy] if load > 0.75 * cores else [],
     }
 
 

@@ -86,9 +86,8 @@ def _engine_head(grid: Table, data: Data) -> None:
 
 
 def _engine_table(points: Sequence[Data]) -> Table:
-    table = _table(
-        "batch", "prompt", "out", "prefill ms", "tok/s", "decode ms", "p99 ms", "tok/s", "all s", "out tok/s"
-    )
+    table = _table("batch", "prompt", "out", "prefill\nms", "\ntok/s", "decode\nms", "\np99", "\ntok/s", "all\ns",
+                   "out\ntok/s")  # fmt: skip
     known = any(p["prefill"]["mfu"] or (p["decode"] or {}).get("mbu") for p in points)
     if known:
         table.add_column("prefill\nMFU", justify="right")
@@ -150,9 +149,9 @@ def _foot(data: Data, path: str) -> RenderableType:
         lines += _client_lines(data["points"])
         lines += [f"note: {n}" for n in data["request"]["notes"]]
     else:
-        lines.append(
-            "decode: steps in which the whole batch decodes; all: prefill and decode; p99 '-' where n is too small"
-        )
+        lines.append("decode: one step in which the whole batch decodes; all: from the prompts to the last token")
+        lines.append("±: half of the median's 95 % interval; p99 '-' where n is too small for it")
+    lines += [f"mind: {w}" for w in data["host"]["warnings"]]
     seen: dict[str, list[str]] = {}
     for p in data["points"]:
         for warning in [*p.get("warnings", []), *p.get("prefill", {}).get("warnings", [])]:
