@@ -22,6 +22,7 @@ import torch
 
 from surefoot import canaries
 from surefoot.core.config import EngineConfig
+from surefoot.core.errors import InputError
 from surefoot.core.sampling import SamplingParams
 from surefoot.engine.engine import Engine
 
@@ -109,7 +110,11 @@ def main() -> None:
         print(f"| {Path(model).name} | float32 | 0 | 1 | {own.perplexity:.4f} | | 32 |")
         greedy = None
         for name, settings in ROWS.items():
-            engine = Engine.load(model, EngineConfig(dtype="bfloat16", **common, **settings))
+            try:
+                engine = Engine.load(model, EngineConfig(dtype="bfloat16", **common, **settings))
+            except InputError as error:
+                print(f"| | {name} | {error} | | | | |")
+                continue
             got, _ = score(engine, texts, reference)
             done = engine.generate(texts.prompts, SamplingParams(max_tokens=GREEDY_TOKENS))
             said = [c.token_ids for c in done]

