@@ -1,6 +1,6 @@
 """Builds the optional C++ kernels; everything else is in pyproject.toml.
 
-One source, `isa.cpp`, is compiled once per instruction set with that set's flags, and the best one is chosen at run time.
+One source, `isa.cpp`, is compiled once per instruction set with that set's flags; the best one is chosen at run time.
 PyTorch is not needed here. Without a working compiler the package installs all the same and runs on PyTorch's ops.
 """
 

@@ -1,6 +1,6 @@
 """Implementations of ops for CPUs: C++ kernels for the best instruction set of this machine.
 
-`kernels` is the extension module, None where it was not built; the ops then run on PyTorch, and the first of them says so.
+`kernels` is the extension module, None where it was not built; the ops then run on PyTorch, and the first says so.
 """
 
 from __future__ import annotations
