@@ -202,7 +202,7 @@ def test_missing_unknown_and_incomplete_are_never_supported(registry):
     answer = traced(registry, lambda x: flash(*[x.view(1, 1, 4, 8)] * 3))
     if torch.__version__.startswith("2.13"):
         assert answer.runs is False
-        assert answer.verdict.startswith("will not run because torch_npu 2.13.0 has nothing for aten::_scaled_dot")
+        assert answer.verdict.startswith("will not run because torch-npu 2.13.0 has nothing for aten::_scaled_dot")
     else:
         assert answer.runs is None
 
@@ -280,7 +280,7 @@ def test_the_registry_equals_the_given_one(registry):
     "arguments,why",
     [
         ({"device": "cuda"}, "known for npu only"),
-        ({"torch_npu": "1.8"}, "there is 2.13"),
+        ({"release": "1.8"}, "there is 2.13"),
         ({"through": "vllm"}, "unknown --through"),
         ({"dtype": "int8"}, "unknown dtype"),
     ],

@@ -1,4 +1,4 @@
-"""Make `surefoot/analyze/data/torch_npu-X.Y.json` from a torch_npu wheel, which is read as data and never imported.
+"""Make `surefoot/analyze/data/torch-npu-X.Y.json` from a torch_npu wheel, which is read as data and never imported.
 
     pip download --no-deps torch-npu==2.13.0 -d wheels
     python tools/read_npu_registry.py wheels/torch_npu-2.13.0-*.whl --write      # or without --write: compare only
@@ -149,7 +149,7 @@ def main() -> None:
     if running != ".".join(wheel["torch"].split(".")[:2]):
         sys.exit(f"this wheel is for PyTorch {wheel['torch']}, and {torch.__version__} is running: install that one")
     new = registry(wheel)
-    file = args.data / f"torch_npu-{running}.json"
+    file = args.data / f"torch-npu-{running}.json"
     old = json.loads(file.read_text()) if file.exists() else {}
     new["other_kernels"] = old.get("other_kernels", [])
     lines = differences(old, new)

@@ -13,21 +13,24 @@ THROUGH = ("auto", "native", "transformers")
 def check_operators(
     model: str,
     device: str = "npu",
-    torch_npu: str = registry.NEWEST,
+    release: str = registry.NEWEST,
     *,
     through: str = "auto",
     dtype: str = "auto",
     batch: int = 8,
     prompt: int = 512,
 ) -> Coverage:
-    """Which operators `model` needs on `device` and how they run there. through: native, transformers or auto."""
+    """Which operators `model` needs on `device` and how they run there.
+
+    release: of torch_npu.  through: native, transformers or auto.  batch, prompt: the largest to trace.
+    """
     if device.partition(":")[0] != "npu":
         raise InputError(f"operators are known for npu only, not for {device}: there PyTorch itself is the registry")
     if through not in THROUGH:
         raise InputError(f"unknown --through {through!r}: choose one of {', '.join(THROUGH)}")
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    known = registry.load(torch_npu)
+    known = registry.load(release)
 
     from surefoot.models.registry import architecture_of
     from surefoot.weights.hub import resolve

@@ -72,7 +72,7 @@ class Coverage:
         """One line: runs / runs with fallbacks / will not run because / cannot be told because."""
         missing, unknown = self.operators(Status.UNSUPPORTED), self.operators(Status.UNKNOWN)
         if missing:
-            return f"will not run because torch_npu {self.registry} has nothing for {_some(missing)}"
+            return f"will not run because torch-npu {self.registry} has nothing for {_some(missing)}"
         if self.incomplete:
             return f"cannot be told: {self.incomplete}"
         if unknown:
@@ -83,13 +83,13 @@ class Coverage:
             cost = " and ".join(f"{_bytes(self.moved(p))} a {p} pass" for p in PHASES if self.moved(p))
             return f"runs with {len(fallen)} CPU fallback{'s'[: len(fallen) > 1]} ({_some(fallen)}), moving {cost}"
         total = len({r.operator for r in self.rows})
-        return f"runs: all {total} operators have a kernel in torch_npu {self.registry} or are made of such"
+        return f"runs: all {total} operators have a kernel in torch-npu {self.registry} or are made of such"
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "model": self.model,
             "through": self.through,
-            "torch_npu": self.registry,
+            "torch-npu": self.registry,
             "verdict": self.verdict,
             "runs": self.runs,
             "incomplete": self.incomplete,

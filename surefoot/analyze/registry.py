@@ -85,15 +85,15 @@ def _minor(version: str) -> str:
 
 def available() -> list[str]:
     """Releases of torch_npu whose registry is shipped."""
-    return sorted(p.stem.removeprefix("torch_npu-") for p in DATA.glob("torch_npu-*.json"))
+    return sorted(p.stem.removeprefix("torch-npu-") for p in DATA.glob("torch-npu-*.json"))
 
 
 def load(version: str = NEWEST) -> Registry:
     """The registry of a torch_npu release, "2.13" or "2.13.0", or of a file that tools/read_npu_registry.py wrote."""
-    file = Path(version) if version.endswith(".json") else DATA / f"torch_npu-{_minor(version)}.json"
+    file = Path(version) if version.endswith(".json") else DATA / f"torch-npu-{_minor(version)}.json"
     if not file.is_file():
         raise InputError(
-            f"no registry of torch_npu {version}: there is {', '.join(available())}, "
+            f"no registry of torch-npu {version}: there is {', '.join(available())}, "
             "and tools/read_npu_registry.py makes one from a wheel"
         )
     try:

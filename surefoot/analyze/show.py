@@ -42,7 +42,7 @@ def markdown(coverage: Coverage) -> str:
 
 
 def _head(coverage: Coverage) -> list[str]:
-    return [f"traced through {coverage.through}, against torch_npu {coverage.registry}"]
+    return [f"traced through {coverage.through}, against torch-npu {coverage.registry}"]
 
 
 def _summary(coverage: Coverage) -> list[str]:

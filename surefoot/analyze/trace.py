@@ -2,8 +2,8 @@
 
 Under `torch.inference_mode()` every operator reaches the tracer whole, before PyTorch takes it apart. The registry then
 decides as the dispatcher does for NPU tensors: an operator with an NPU kernel is a leaf, a composite is taken apart by
-the same C++ kernel that would take it apart there, and the rest is a CPU fallback or missing. On the meta device no data
-is needed, so neither weights nor memory are. Operators on host tensors alone are host work and not counted.
+the same C++ kernel that would take it apart there, and the rest is a CPU fallback or missing. On the meta device no
+data is needed, so neither weights nor memory are. Operators on host tensors alone are host work and not counted.
 """
 
 from __future__ import annotations

@@ -14,7 +14,21 @@ from typing import Annotated, Any
 import typer
 
 from surefoot import __version__
-from surefoot.cli import bench, info, proof, quantize, run, selftest, serve, verify
+from surefoot.cli import (
+    audit,
+    bench,
+    calibrate,
+    doctor,
+    estimate,
+    info,
+    ops,
+    proof,
+    quantize,
+    run,
+    selftest,
+    serve,
+    verify,
+)
 from surefoot.core.errors import SurefootError
 
 app = typer.Typer(
@@ -57,6 +71,11 @@ app.command("verify", short_help="Prove that a model computes the right thing.")
 app.add_typer(proof.app, name="proof", short_help="Check, show or compare proofs.")
 app.command("quantize", short_help="Write a quantised copy of a model.")(quantize.quantize)
 app.command("bench", short_help="Measure how fast a model or a server is.")(bench.bench)
+app.command("estimate", short_help="Say how fast a model could be on a chip.")(estimate.estimate)
+app.command("calibrate", short_help="Measure this device for estimates.")(calibrate.calibrate)
+app.command("audit", short_help="Check published numbers against each other.")(audit.audit)
+app.command("ops", short_help="List the operators a model needs on an NPU.")(ops.ops)
+app.command("doctor", short_help="Find what is wrong with an installation.")(doctor.doctor)
 app.command("info", short_help="Show what is in effect for a model.")(info.info)
 
 

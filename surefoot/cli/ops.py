@@ -11,7 +11,7 @@ from surefoot.cli.flags import Model
 
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="The device to ask about; npu is the one with a registry.")]
 Version = Annotated[
-    str, typer.Option("--torch-npu", metavar="VERSION", help="Release of torch_npu, or a registry file (.json).")
+    str, typer.Option("--torch-npu", metavar="VERSION", help="Release of torch-npu, or a registry file (.json).")
 ]
 Through = Annotated[
     str,
@@ -27,7 +27,7 @@ Problems = Annotated[bool, typer.Option("--problems", help="In the table, only w
 def ops(
     model: Model,
     device: Device = "npu",
-    torch_npu: Version = "2.13",
+    release: Version = "2.13",
     through: Through = "auto",
     dtype: Dtype = "auto",
     output: Format = "table",
@@ -54,7 +54,7 @@ def ops(
         raise InputError(f"unknown format {output!r}: choose table, json or markdown")
     if problems and output != "table":
         raise InputError("--problems shortens the table; json and markdown are always whole")
-    coverage = check_operators(model, device, torch_npu, through=through, dtype=dtype, batch=batch, prompt=prompt)
+    coverage = check_operators(model, device, release, through=through, dtype=dtype, batch=batch, prompt=prompt)
     if output == "json":
         print(json.dumps(coverage.as_dict(), indent=2, ensure_ascii=False))
     else:
