@@ -9,12 +9,17 @@ from surefoot.analyze.findings import ABOVE_LIMIT, SHORTEST_ANSWER, Finding, imp
 from surefoot.analyze.numbers import amount, seconds
 
 
-def token_rates(row: Row) -> Iterator[tuple[str, float, int | None]]:
+def shortest_answer(claims: Claims) -> int:
+    """Tokens that an answer is taken to have where its row does not say: as few as anywhere on the page."""
+    return min([SHORTEST_ANSWER, *(row.output_tokens for row in claims.rows if row.output_tokens)])
+
+
+def token_rates(row: Row, least: int) -> Iterator[tuple[str, float, int | None]]:
     """(what is stated, output tokens/s that follow at the ambitious end, tokens per request that were assumed)."""
     if row.tokens_per_s:
         yield f"{amount(row.tokens_per_s.high)} tok/s", row.tokens_per_s.high, None
     if row.requests_per_s:
-        tokens, assumed = (row.output_tokens, None) if row.output_tokens else (SHORTEST_ANSWER, SHORTEST_ANSWER)
+        tokens, assumed = (row.output_tokens, None) if row.output_tokens else (least, least)
         yield f"{amount(row.requests_per_s.high)} requests/s", row.requests_per_s.high * tokens, assumed
 
 
@@ -33,7 +38,7 @@ def beyond_peak(claims: Claims) -> Iterator[Finding]:
         peak = claims.chip.peak_flops.get(_multiplies_in(facts.dtype)) if claims.chip and facts else None
         if not peak or not facts:
             continue
-        for stated, rate, assumed in token_rates(row):
+        for stated, rate, assumed in token_rates(row, shortest_answer(claims)):
             need = rate * facts.token_flops
             if need > peak * row.devices * ABOVE_LIMIT:
                 yield impossible(
@@ -47,11 +52,11 @@ def beyond_peak(claims: Claims) -> Iterator[Finding]:
             # Only the last token of a prompt needs logits, so the layers alone count.
             need = tokens * facts.layer_flops / fastest
             if need > peak * row.devices * ABOVE_LIMIT:
-                each = amount(facts.layer_flops, "FLOP")
+                each, limit = amount(facts.layer_flops, "FLOP"), amount(peak * row.devices, "FLOP/s")
                 yield impossible(
                     "peak",
                     row.id,
-                    f"a prefill of {tokens} tokens in {seconds(fastest)} and {amount(peak * row.devices, 'FLOP/s')} of peak",
+                    f"a prefill of {tokens} tokens in {seconds(fastest)} and a peak of {limit}",
                     f"{tokens} x {each} / {seconds(fastest)} = {amount(need, 'FLOP/s')}",
                 )
 
@@ -70,7 +75,7 @@ def beyond_bandwidth(claims: Claims) -> Iterator[Finding]:
         limit = bandwidth * row.devices
         context = row.prompt_tokens or 1
         batch = row.batch or 0
-        for stated, rate, assumed in token_rates(row) if batch else ():
+        for stated, rate, assumed in token_rates(row, shortest_answer(claims)) if batch else ():
             steps, size = rate / batch, facts.step_bytes(batch, context)
             if steps * size > limit * ABOVE_LIMIT:
                 yield impossible(
@@ -78,12 +83,12 @@ def beyond_bandwidth(claims: Claims) -> Iterator[Finding]:
                     row.id,
                     f"{stated} at batch {batch}{_of(assumed)} and the bandwidth of {amount(limit, 'B/s')}",
                     f"{amount(rate)} / {batch} = {amount(steps)} steps/s x {amount(size, 'B')} = "
-                    f"{amount(steps * size, 'B/s')}{_fit(assumed, limit / size * batch * SHORTEST_ANSWER / rate)}",
+                    f"{amount(steps * size, 'B/s')}{_fit(assumed, limit / size * batch * (assumed or 1) / rate)}",
                 )
-        yield from _times_beyond_bandwidth(row, facts, limit, context)
+        yield from _times_beyond_bandwidth(row, facts, limit, context, shortest_answer(claims))
 
 
-def _times_beyond_bandwidth(row: Row, facts: Facts, limit: float, context: int) -> Iterator[Finding]:
+def _times_beyond_bandwidth(row: Row, facts: Facts, limit: float, context: int, least_tokens: int) -> Iterator[Finding]:
     step = row.decode_step_s or row.tpot_s
     size = facts.step_bytes(row.batch or 1, context)
     if step and size / step.low > limit * ABOVE_LIMIT:
@@ -94,10 +99,10 @@ def _times_beyond_bandwidth(row: Row, facts: Facts, limit: float, context: int) 
             f"{amount(size, 'B')} / {seconds(step.low)} = {amount(size / step.low, 'B/s')}",
         )
     if row.request_s:
-        tokens = row.output_tokens or SHORTEST_ANSWER
+        tokens = row.output_tokens or least_tokens
         least = tokens * size / limit
         if row.request_s.low * ABOVE_LIMIT < least:
-            assumed = None if row.output_tokens else SHORTEST_ANSWER
+            assumed = None if row.output_tokens else least_tokens
             yield impossible(
                 "bandwidth",
                 row.id,

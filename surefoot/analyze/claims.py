@@ -233,7 +233,10 @@ def parse(data: Any, where: str) -> Claims:
 
 
 def _list(cls: type, data: dict[str, Any], key: str) -> tuple:
-    return tuple(_build(cls, value, f"{key}[{i}]") for i, value in enumerate(data.get(key, [])))
+    given = data.get(key, [])
+    if not isinstance(given, list):
+        raise InputError(f"{key} must be a list")
+    return tuple(_build(cls, value, f"{key}[{i}]") for i, value in enumerate(given))
 
 
 def _build(cls: type, data: Any, where: str) -> Any:
