@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -74,7 +75,8 @@ class CausalLM(nn.Module):
 
     def state_specs(self) -> list[PagedKVSpec | LinearStateSpec]:
         """What each decoder layer must remember, in layer order."""
-        return [layer.state_spec() for layer in self.decoder_layers]
+        layers: Iterable[Any] = self.decoder_layers
+        return [layer.state_spec() for layer in layers]
 
     @property
     def has_linear_state(self) -> bool:
@@ -89,8 +91,8 @@ class CausalLM(nn.Module):
         for module in self.modules():
             if isinstance(module, RotaryEmbedding):
                 module.finalize(device)
-            elif module is not self and hasattr(module, "finalize"):
-                module.finalize()
+            elif module is not self and callable(finalize := getattr(module, "finalize", None)):
+                finalize()
 
     def init_weight(self, name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
         """Random weights as transformers would initialise them (`initializer_range`), for runs without a checkpoint."""
