@@ -13,7 +13,7 @@ import contextlib
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,13 @@ from surefoot.verify.specimens import Specimen
 
 Progress = Callable[[str, "float | None"], None]
 DETECTED, RIGHT_MODULE, RIGHT_CAUSE, CLEAN_RUNS = 1.0, 0.95, 0.90, 60
+# Ways to cut the work of a sound run. Seeds differ by model.
+WAYS: tuple[dict[str, Any], ...] = (
+    {},
+    {"prefill_chunk_size": 7},
+    {"prefill_chunk_size": 64, "max_num_seqs": 2},
+    {"ops": "reference"},
+)
 FAULTED = 5  # the first so many models take faults; all of them are run sound
 
 
@@ -136,14 +143,20 @@ def fault_cases(models: Sequence[Specimen], configs: dict[str, Any]) -> Iterator
                 yield Case(specimen, fault.dtype, fault)
 
 
-def sound_cases(models: Sequence[Specimen]) -> Iterator[Case]:
+def a_sample(cases: Iterable[Case], per_class: int = 2) -> list[Case]:
+    """A few faults of every class, each in one model."""
+    chosen: dict[str, Case] = {}
+    count: dict[int, int] = {}
+    for case in cases:
+        assert case.fault is not None
+        if case.fault.id not in chosen and count.get(case.fault.cause, 0) < per_class:
+            count[case.fault.cause] = count.get(case.fault.cause, 0) + 1
+            chosen[case.fault.id] = case
+    return list(chosen.values())
+
+
+def sound_cases(models: Sequence[Specimen], ways: Sequence[dict[str, Any]] = WAYS) -> Iterator[Case]:
     """Every model in every dtype, and other ways to cut the same work."""
-    ways: list[dict[str, Any]] = [
-        {},
-        {"prefill_chunk_size": 7},
-        {"prefill_chunk_size": 64, "max_num_seqs": 2},
-        {"ops": "reference"},
-    ]
     for seed, specimen in enumerate(models):
         if specimen.kind == "overflow":
             continue
@@ -156,7 +169,7 @@ def models_in(folder: Path, sample: bool) -> list[Specimen]:
     made = [specimens.random(folder, "llama", 1), specimens.random(folder, "qwen3.5", 2)]
     made.append(specimens.random(folder, "llama", 3, "overflow"))
     if sample:
-        return made
+        return [specimens.canary("canary-llama"), *made]
     made.append(specimens.random(folder, "llama", 4, num_key_value_heads=1, tie_word_embeddings=False))
     made.append(specimens.random(folder, "qwen3.5", 5, linear_num_key_heads=4, linear_conv_kernel_dim=2))
     made.append(specimens.random(folder, "llama", 6, "massive"))
@@ -184,7 +197,12 @@ class Range:
         """One case, from loading the target to the verdict."""
         began = time.monotonic()
         settings = VerifySettings(
-            case.specimen.model_ref, dtype=case.dtype, seed=case.seed, continuation_tokens=8, long_tokens=96
+            case.specimen.model_ref,
+            dtype=case.dtype,
+            seed=case.seed,
+            continuation_tokens=8,
+            long_tokens=96,
+            measure_sensitivity=False,
         )
         limits = {"max_model_len": 512, "kv_cache_tokens": 8192, "max_num_seqs": 16}
         config = settings.target_config(**(limits | case.engine))
@@ -209,12 +227,15 @@ class Range:
 
 
 def run(progress: Progress | None = None, sample: bool = False) -> DrillResult:
-    """All cases, or a sample: two random models, each fault once, and some sound runs."""
+    """All cases, or a sample: two faults of every class, and every dtype without a fault."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, specimens.quiet():
         models, gallery = models_in(Path(folder), sample), Range()
         configs = {m.name: gallery.reference(m).model.config for m in models}
-        cases = [*fault_cases(models, configs), *sound_cases(models)]
+        planted = list(fault_cases(models, configs))
+        if sample:
+            planted = a_sample(planted)
+        cases = [*planted, *sound_cases(models, WAYS[:1] if sample else WAYS)]
         outcomes = []
         for i, case in enumerate(cases):
             if progress is not None:

@@ -104,6 +104,8 @@ def _rotary(replay: Replay, path: str, got: torch.Tensor, dtype: torch.dtype) ->
     right, table = (replay.run(path, nothing, t).float() for t in (torch.float32, dtype))
     half = right.shape[-1] // 2  # transformers stores each angle twice
     right, table = right[:, :half], table[:, :half]
+    if got.shape[-1] == 2 * half and torch.equal(got[:, :half], got[:, half:]):
+        got = got[:, :half]
     positions = torch.arange(replay.num_tokens).float() + 1
     angle = positions * unit_roundoff(torch.float32) * ANGLE_ROUNDINGS * math.sqrt(half)
     noise = torch.maximum(row_norm(table - right), angle) + unit_roundoff(dtype) * row_norm(right)

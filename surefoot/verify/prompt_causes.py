@@ -12,7 +12,6 @@ from surefoot.core.sampling import SamplingParams
 from surefoot.verify.shapes import Cause
 from surefoot.weights.tokenizer import Tokenizer
 
-SAMPLER_PROMPTS = 3
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
@@ -77,12 +76,14 @@ def name_prompt_cause(tokenizer: Any, messages: Sequence[Any], actual: Sequence[
 # ---- sampling
 
 
-def settings_tried() -> Iterator[tuple[str, dict[str, float]]]:
-    for penalty in (1.02, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5):
-        yield f"repetition_penalty {penalty:g}", {"repetition": penalty}
-    for penalty in (0.5, 1.0, 1.5, 2.0):
-        yield f"presence_penalty {penalty:g}", {"presence": penalty}
-        yield f"frequency_penalty {penalty:g}", {"frequency": penalty}
+def settings_tried() -> Iterator[tuple[str, float]]:
+    """Penalties that generation configs and servers are known to set."""
+    yield from (("repetition", value) for value in (1.02, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5))
+    yield from ((kind, value) for kind in ("presence", "frequency") for value in (0.5, 1.0, 1.5, 2.0))
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
 
 
 def edited(logits: torch.Tensor, seen: Sequence[int], produced: Sequence[int], **penalty: float) -> torch.Tensor:
@@ -104,10 +105,14 @@ def sampler_cause(prompt: Sequence[int], tokens: Sequence[int], rows: torch.Tens
     """
     if all(float(row.max() - row[token]) <= 1e-3 * float(row.std()) for row, token in zip(rows, tokens)):
         return None
-    for label, penalty in settings_tried():
-        best = [int(edited(row, prompt, tokens[:i], **penalty).argmax()) for i, row in enumerate(rows)]
+    fits: dict[str, list[float]] = {}
+    for kind, value in settings_tried():
+        best = [int(edited(row, prompt, tokens[:i], **{kind: value}).argmax()) for i, row in enumerate(rows)]
         if best == list(tokens):
-            return Cause("sampling_default", f"a sampling default is applied to a greedy request: {label}", 0.0)
+            fits.setdefault(kind, []).append(value)
+    if fits:
+        said = " or ".join(f"{kind}_penalty {_range(values)}" for kind, values in fits.items())
+        return Cause("sampling_default", f"a sampling default is applied to a greedy request: {said}", 0.0)
     ranks = [int((row > row[token]).sum()) for row, token in zip(rows, tokens)]
     text = f"tokens are drawn although greedy ones were asked for (ranks up to {max(ranks) + 1})"
     return Cause("sampling_default", text, 0.0)
@@ -121,12 +126,14 @@ def probe_sampler(target: Any, prompt: Sequence[int], count: int = 24) -> Cause 
 
 
 def outside_cause(check: str, folder: Path, target: Any, prompts: Sequence[Any]) -> Cause | None:
-    """Cause of a failed "template", "tokens" or "sampler" check. prompts: with messages or text, and right ids.
+    """Cause of a failed "template", "tokens" or "sampler" check.
+
+    prompts: with messages or text; for the sampler token ids, each of which is doubled, as the check does it.
 
     folder: the model's, from which the right tokenizer is read afresh.
     """
     if check == "sampler":
-        found = (probe_sampler(target, [*p.ids, *p.ids]) for p in prompts[:SAMPLER_PROMPTS] if p.ids)
+        found = (probe_sampler(target, [*ids, *ids]) for ids in prompts)
         return next((cause for cause in found if cause is not None), None)
     used = getattr(getattr(target, "engine", target), "tokenizer", None)
     if used is None:

@@ -25,6 +25,7 @@ from surefoot.verify.pathcapture import plain
 # How far apart two right orders of summation in the reference's own dtype may be, in roundings of the input: one piece
 # of arithmetic, and a token mixer, where a state or a softmax carries errors on.
 PERTURBATION, MIXER_PERTURBATION = 8.0, 64.0
+SAMPLES, MIXER_SAMPLES = 1, 3
 LAYER = re.compile(r"(.*\.layers\.\d+)")
 NOTHING = "(?!)"  # a pattern that no path matches
 HIDDEN_NAMES = ("hidden_states", "hidden_state", "input_ids", "input", "x")
@@ -151,21 +152,20 @@ class Replay:
     ) -> torch.Tensor:
         """Per-token error that right arithmetic in `dtype` makes at this module, [T].
 
-        16-bit dtypes: the reference module computed in that dtype. fp32, the reference's own dtype: the same module on
-        an input perturbed by a few roundings, which stands for another order of summation (Monte Carlo arithmetic,
-        Parker 1997). Never less than one rounding of the output, nor than the median relative error of the rows.
+        16-bit dtypes: the reference module computed in that dtype, as it is and on inputs perturbed by a rounding.
+        fp32, the reference's own dtype: on inputs perturbed by a few roundings, which stands for another order of
+        summation (Monte Carlo arithmetic, Parker 1997). The largest of the samples, because one may be small by luck;
+        never less than one rounding of the output, nor than the median relative error of the rows.
         """
-        norm = row_norm(right)
-        if dtype == torch.float32:
-            generator = torch.Generator().manual_seed(0)
-            step = roundings(path) * unit_roundoff(dtype)
+        generator = torch.Generator().manual_seed(0)
+        low = dtype != torch.float32
+        step = unit_roundoff(dtype) * (1.0 if low else roundings(path))
+        samples = [row_norm(self.run(path, hidden, dtype, second).float() - right)] if low else []
+        for _ in range(MIXER_SAMPLES if path.endswith(MIXERS) else SAMPLES):
             noisy = perturbed(hidden, step, generator)
             gate = None if second is None else perturbed(second, step, generator)
-            error = row_norm(self.run(path, noisy, second=gate) - right)
-        else:
-            step = unit_roundoff(dtype)
-            error = row_norm(self.run(path, hidden, dtype, second).float() - right)
-        return floored(error, norm, step)
+            samples.append(row_norm(self.run(path, noisy, dtype, gate).float() - right))
+        return floored(torch.stack(samples).amax(0), row_norm(right), step)
 
 
 def floored(error: torch.Tensor, norm: torch.Tensor, step: float) -> torch.Tensor:

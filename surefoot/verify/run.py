@@ -33,7 +33,7 @@ from surefoot.weights.checkpoint import Checkpoint
 from surefoot.weights.hub import resolve
 
 LAYER_TOKENS = 256
-SAMPLER_PROMPTS = 3
+SAMPLER_PROMPTS, SAMPLER_TOKENS = 3, 48
 # Share of the whole that each stage takes on a CPU; only for the progress bar.
 STAGES = {"prompts": 0.1, "exact": 0.05, "layers": 0.3, "head": 0.05, "logits": 0.3, "sampler": 0.05, "parity": 0.15}
 
@@ -136,10 +136,14 @@ class Session:
             "head": lambda: self.measurer().head(long),
             "logits": lambda: self.measurer().logits(self.asked.sequences),
             "sampler": lambda: checks.sampler_evidence(
-                self.target, [p.ids for p in self.asked.prompts[:SAMPLER_PROMPTS]], self.reference.eos_token_ids
+                self.target, self.sampler_prompts(), self.reference.eos_token_ids
             ),
             "parity": self.parity,
         }
+
+    def sampler_prompts(self) -> list[list[int]]:
+        """Some prompts, and text that the model does not know: there its margins are small, and a penalty tells."""
+        return [*(p.ids for p in self.asked.prompts[:SAMPLER_PROMPTS]), self.asked.sequences[-1][:SAMPLER_TOKENS]]
 
     def parity(self) -> dict[str, Any]:
         from surefoot.backends.native import NativeBackend
@@ -185,7 +189,8 @@ class Session:
         if check in ("template", "tokens", "sampler"):
             from surefoot.verify.prompt_causes import outside_cause
 
-            return None, outside_cause(check, self.folder, self.target, self.asked.prompts)
+            asked = self.sampler_prompts() if check == "sampler" else self.asked.prompts
+            return None, outside_cause(check, self.folder, self.target, asked)
         if model_of(self.target) is None:
             return None, None
         from surefoot.verify.causes import find
