@@ -221,7 +221,7 @@ def test_late_positions_that_are_further_off_are_wrong():
 
     def draw(late: float = 1.0) -> torch.Tensor:
         own = torch.exp(0.3 * torch.randn(512, 1, generator=gen))
-        own[320:] *= late
+        own[256:] *= late
         return right + NOISE * own * torch.randn(right.shape, generator=gen)
 
     nulls = [draw() for _ in range(4)]
