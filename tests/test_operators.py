@@ -15,6 +15,7 @@ from surefoot.analyze.check import check_operators
 from surefoot.analyze.coverage import cover
 from surefoot.analyze.registry import Registry, Status, available, load
 from surefoot.analyze.trace import Tracer
+from surefoot.cli.main import run_cli
 from surefoot.core.errors import InputError, ModelError
 from surefoot.core.sampling import SamplingParams
 from surefoot.models.registry import build
@@ -305,3 +306,13 @@ def test_formats_agree():
     assert text.splitlines()[-1] == f"canary-llama: {data['verdict']}"
     assert page.splitlines()[0] == f"**canary-llama: {data['verdict']}**"
     assert page.count("| native | aten::") == sum(r["status"] == "native" for r in data["rows"])
+
+
+def test_the_verb(capsys):
+    assert (
+        run_cli(["ops", "canary-llama", "--device", "npu", "--torch-npu", "2.13", "--batch", "1", "--prompt", "9"]) == 0
+    )
+    assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("canary-llama: runs: all ")
+    assert run_cli(["ops", "canary-llama", "--format", "xml"]) == 2
+    assert run_cli(["ops", "canary-llama", "--format", "json", "--problems"]) == 2
+    assert run_cli(["ops", "no-such-folder"]) == 2

@@ -16,8 +16,8 @@ COMPONENTS = ("vllm-ascend", "vllm", "cann", "torch", "torch-npu", "triton-ascen
 Row = Mapping[str, tuple[str, ...]]
 
 
-def _row(ascend: str, vllm: str, cann: str, torch: str, torch_npu: str, triton: str = "") -> Row:
-    values = (ascend, vllm, cann, torch, torch_npu, triton)
+def _row(ascend: str, vllm: str, cann: str, torch: str, backend: str, triton: str = "") -> Row:
+    values = (ascend, vllm, cann, torch, backend, triton)
     return {name: tuple(v.split()) for name, v in zip(COMPONENTS, values) if v}
 
 
