@@ -48,6 +48,7 @@ def measure(mock, model: str, concurrency: int, count: int, tokens: int, prefix:
 
     asyncio.run(go())
     logs, sends = [job.finish() for job in jobs], mock.sends()
+    assert all(log.sent <= sends[f"{prefix}-{log.id}"]["received"] for log in logs)
     return logs, [truth(log, sends[f"{prefix}-{log.id}"]) for log in logs]
 
 
@@ -82,6 +83,17 @@ def test_every_latency_metric_is_the_servers(mock, concurrency, count, model):
         if not wrong:
             return
     pytest.fail("; ".join(wrong))
+
+
+def test_a_request_is_stamped_when_it_leaves(mock):
+    """Between our stamp and the server's lies a loopback, not a connect, an encoder or a queue of our own."""
+    for attempt in range(ATTEMPTS):
+        logs, _ = measure(mock, "ttft=1,itl=1", 1, 20, 2, f"stamp-{attempt}")
+        sends = mock.sends()
+        way = statistics.median(sends[f"stamp-{attempt}-{log.id}"]["received"] - log.sent for log in logs)
+        if way < 0.001:
+            return
+    pytest.fail(f"a request takes {way * 1000:.2f} ms to reach a server on this machine")
 
 
 def test_kinds_tokens_and_usage_come_through(mock):

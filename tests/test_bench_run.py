@@ -303,3 +303,26 @@ def test_power_is_reported_where_the_device_tells(monkeypatch, tmp_path):
     (point,) = result.data["points"]
     assert point["power"]["mean_w"] == pytest.approx(100.0)
     assert point["joules_per_output_token"] > 0
+
+
+def test_against_our_own_server(tmp_path, capsys):
+    """`surefoot serve` takes every field, names the tokens of each chunk and counts as we asked."""
+    from serve_helpers import serving
+
+    from surefoot.engine.engine import Engine
+
+    path = tmp_path / "s.json"
+    with serving(lambda: Engine.load(CANARY, CONFIG)) as served:
+        flags = ["--concurrency", "1,4", "--requests", "4", "--prompt-len", "12", "--output-len", "6"]
+        assert run_cli(["bench", "--url", served.base_url, "-o", str(path), *flags]) == 0
+        chat = ["--endpoint", "chat", "--concurrency", "2", "--requests", "4", "--prompt-len", "40", *flags[-2:]]
+        assert run_cli(["bench", "--url", served.base_url, "-o", str(tmp_path / "c.json"), *chat]) == 0
+    data = json.loads(path.read_text())
+    assert data["config"]["dtype"] == "float32"
+    assert set(data["request"]["extra_fields"]) == {"ignore_eos", "return_token_ids"}
+    for point in [*data["points"], *json.loads((tmp_path / "c.json").read_text())["points"]]:
+        assert point["completed"] == 4
+        assert point["output_tokens"] == 24
+        assert point["tokens_counted_by"] == {"usage": 4}
+        assert point["prompt_tokens"] == 4 * point["prompt_len"]
+    assert all(c.tokens == 1 for log in read(path.with_suffix(".raw.jsonl")) for c in log.token_chunks)

@@ -22,7 +22,7 @@ FILLER = (
 )
 EXTRAS: tuple[dict[str, Any], ...] = ({"ignore_eos": True, "return_token_ids": True}, {"ignore_eos": True}, {})
 WORDS = FILLER.replace(";", "").replace(",", "").replace(".", "").lower().split()
-TRIES = 24
+TRIES = 48
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Target:
         return self._exact_text(length, draw)
 
     def _exact_text(self, length: int, draw: random.Random) -> Ask:
-        """Words, added and dropped until the server counts `length`. Most words are one token each."""
+        """Words, added and dropped until the server counts `length`; their sizes differ, so the search ends."""
         words = [draw.choice(WORDS) for _ in range(length)]
         size = 0
         for _ in range(TRIES):
@@ -73,11 +73,12 @@ class Target:
             size = self._measure(ask)
             if size == length:
                 return ask
+            each = max(1.0, size / len(words))  # tokens per word, about
             if size > length:
-                del words[max(1, len(words) - (size - length)) :]
-                words[0] = draw.choice(WORDS)
+                del words[max(1, len(words) - max(1, int((size - length) / each))) :]
+                words[-1] = draw.choice(WORDS)
             else:
-                words += [draw.choice(WORDS) for _ in range(length - size)]
+                words += [draw.choice(WORDS) for _ in range(max(1, int((length - size) / each)))]
         raise InputError(
             f"no prompt of exactly {length} tokens found (nearest {size}, template included): ask for more"
         )

@@ -102,14 +102,13 @@ def bench(
 ) -> None:
     """Measure load, prefill, decode, memory and capacity in process; or latency and throughput of a server.
 
-    Lists make a sweep over all combinations. Every result names the proof of the same configuration, or says UNPROVEN.
+    Lists make a sweep. Every result names the proof of the same configuration, or says UNPROVEN.
 
     \b
     Examples:
       surefoot bench canary-llama --batch 1,2,4,8 --prompt-len 16,64 --output-len 10,20,50
       surefoot bench DIR --device npu:0 --proof proof.json -o bench.json
       surefoot bench --url http://localhost:8000 --concurrency 1,8,32 --goodput ttft:500,tpot:50
-      surefoot bench --url http://localhost:8000 --rate 2,4 --arrival burst --requests 200
       surefoot bench --url http://localhost:8000 --trace trace.csv --requests 500 --trace-speed 10
     """
     given = dict(locals())
