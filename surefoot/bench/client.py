@@ -11,13 +11,13 @@ import asyncio
 import contextlib
 import ssl
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from surefoot.core.errors import InputError
 
 CONNECT_TIMEOUT = 10.0
+STALE = 0.05  # seconds within which a kept connection shows that the server had closed it
 clock = time.monotonic
 
 
@@ -204,18 +204,13 @@ class Client:
         while (missing := count - len(self._idle)) > 0:
             self._idle += await asyncio.gather(*(self._connect() for _ in range(min(missing, 64))))
 
-    async def post(self, request: bytes, on_sent: Callable[[float], None] | None = None) -> Exchange:
+    async def post(self, request: bytes) -> Exchange:
         """One exchange. A kept connection that the server had closed meanwhile is replaced, once."""
         try:
-            connection = self._take() or await self._connect()
+            kept = self._take()
+            connection = kept or await self._connect()
             result = await connection.exchange(request, self.idle_timeout)
-            if (
-                result.error
-                and result.status is None
-                and not result.parts
-                and connection.closed
-                and self._stale(result)
-            ):
+            if kept and result.error and result.status is None and result.ended - result.sent < STALE:
                 connection = await self._connect()
                 result = await connection.exchange(request, self.idle_timeout)
         except (OSError, asyncio.TimeoutError) as error:
@@ -226,10 +221,6 @@ class Client:
         else:
             connection.close()
         return result
-
-    @staticmethod
-    def _stale(result: Exchange) -> bool:
-        return "closed the connection" in (result.error or "") and result.ended - result.sent < 0.05
 
     def _take(self) -> Connection | None:
         while self._idle:
