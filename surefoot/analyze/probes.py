@@ -56,7 +56,7 @@ def plan(prompts: Sequence[int], batches: Sequence[int], contexts: Sequence[int]
 
 
 def run(engine: Engine, phase: str, step: Step) -> float:
-    """Wall seconds of this step, brought about by requests of the right lengths. The engine is empty before and after."""
+    """Wall seconds of this step, brought about by requests of these lengths; the engine is empty before and after."""
     decode = phase == "decode"
     params = SamplingParams(max_tokens=2 if decode else 1, ignore_eos=True, temperature=0.0)
     for i, length in enumerate(step.seq_lens):

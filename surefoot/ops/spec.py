@@ -123,7 +123,7 @@ def use(policy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def intercept(handler: Handler) -> Iterator[None]:
-    """Within the block, every op call is handed to `handler` instead of being computed; it calls `run` if it wants to."""
+    """Within the block, every op call is handed to `handler` instead of being computed; it calls `run` if it wants."""
     token = _handler.set(handler)
     try:
         yield
