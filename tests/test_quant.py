@@ -229,3 +229,23 @@ def test_groups_that_the_kernels_do_not_know_are_split():
         assert layer.group_size == 32
         layer.finalize()
         assert torch.equal(layer(x), before)
+
+
+def test_workers_run_alone_and_leave_the_setting_as_it_was():
+    from surefoot.weights.workers import count, workers
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert count() == 2
+        with workers() as pool:
+            assert set(pool.map(lambda _: torch.get_num_threads(), range(4))) == {1}
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 2
+        with workers() as pool:  # what threads born now inherit
+            assert torch.get_num_threads() == 2
+        with pytest.raises(KeyError), workers() as pool:
+            pool.submit(dict().__getitem__, 1).result()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

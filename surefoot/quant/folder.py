@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +25,16 @@ from surefoot.quant.compressed_tensors import config_for, format_of
 from surefoot.quant.packing import pack_int8
 from surefoot.quant.schemes import group_scale_dtype, quantise_rows
 from surefoot.quant.select import Selection
-from surefoot.weights.checkpoint import CHUNK_BYTES, INDEX, Checkpoint
+from surefoot.weights.checkpoint import INDEX, Checkpoint
 from surefoot.weights.header import TensorInfo
+from surefoot.weights.workers import workers
 from surefoot.weights.writer import Entry, SafetensorsWriter
 
 Progress = Callable[[str, "float | None"], None]
 
 SHARD_BYTES = 5_000_000_000
-ROWS_BYTES = 1 << 20  # the scratch of rounding is about ten times that
+COPY_BYTES = 4 << 20
+ROWS_BYTES = 256 << 10  # with the scratch of rounding they fit a core's cache
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Small files that make the folder a model: tokenizer, template, generation config, licence.
 COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken")
@@ -69,12 +72,12 @@ def write_quantised(
         done, total = 0, sum(checkpoint.info(source).nbytes for source, _ in sources) or 1
         owner = {name: i for i, shard in enumerate(shards) for name in shard}
         for i, shard in enumerate(shards):
-            with SafetensorsWriter(folder / names[i], shard) as file:
-                for source, target in sources:
-                    if owner[_entries(checkpoint.info(source), target, selection)[0][0]] != i:
-                        continue
-                    _write(checkpoint, source, target, selection, file)
-                    done += checkpoint.info(source).nbytes
+            mine = [(s, t) for s, t in sources if owner[_entries(checkpoint.info(s), t, selection)[0][0]] == i]
+            with SafetensorsWriter(folder / names[i], shard) as file, workers() as pool:
+                pending = {pool.submit(_write, checkpoint, s, t, selection, file): s for s, t in mine}
+                for future in as_completed(pending):
+                    future.result()
+                    done += checkpoint.info(pending[future]).nbytes
                     if progress:
                         progress(f"quantising to {selection.scheme}", done / total)
         if len(shards) > 1:
@@ -146,7 +149,7 @@ def _write(checkpoint: Checkpoint, source: str, target: str, selection: Selectio
     info = checkpoint.info(source)
     names = [name for name, _ in _entries(info, target, selection)]
     if len(names) == 1:
-        buffer = torch.empty(min(CHUNK_BYTES, max(info.nbytes, 16)), dtype=torch.uint8)
+        buffer = torch.empty(min(COPY_BYTES, max(info.nbytes, 16)), dtype=torch.uint8)
         for begin, piece in checkpoint.chunks(source, buffer):
             file.write(target, begin, piece)
         return

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,7 @@ from surefoot.weights.checkpoint import CHUNK_BYTES, Checkpoint
 from surefoot.weights.header import TensorInfo
 from surefoot.weights.messages import some
 from surefoot.weights.random_init import random_weights
+from surefoot.weights.workers import workers
 
 __all__ = ["LoadReport", "Progress", "load_weights", "random_weights"]
 
@@ -64,44 +67,69 @@ def load_weights(
     started = time.monotonic()
     plan = match(model, checkpoint)
     report = LoadReport(used=len(plan.targets()), ignored=plan.ignored)
+    converted = _to_convert(model, plan, converter)
+    plain = {source: name for source, name in plan.sources.items() if name not in converted}
     slots = tensor_slots(model)
-    total = sum(checkpoint.info(source).nbytes for source in plan.sources) or 1
+    sources = [*plain, *converted.values()]
+    total = sum(checkpoint.info(source).nbytes for source in sources) or 1
     buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
     done = 0
-    for source, info in checkpoint.names().items():  # order on disk: sequential reading
-        name = plan.sources.get(source)
-        if name is None:
-            continue
-        if converter and converter.takes(name):
-            report.bytes += _convert(model, name, checkpoint, source, device, converter)
-        else:
-            held = held_dtype(model, name, slots[name], dtype, info.dtype)
-            tensor = torch.empty(info.shape, dtype=held, device=device)
-            _read(checkpoint, source, tensor, buffer)
-            place(model, name, tensor)
-            report.bytes += tensor.nbytes
-        done += info.nbytes
+
+    def count(source: str, nbytes: int) -> None:
+        nonlocal done
+        report.bytes += nbytes
+        done += checkpoint.info(source).nbytes
         if progress:
             progress("loading weights", done / total)
+
+    for source, info in checkpoint.names().items():  # order on disk: sequential reading
+        name = plain.get(source)
+        if name is None:
+            continue
+        held = held_dtype(model, name, slots[name], dtype, info.dtype)
+        tensor = torch.empty(info.shape, dtype=held, device=device)
+        _read(checkpoint, source, tensor, buffer)
+        place(model, name, tensor)
+        count(source, tensor.nbytes)
     for alias, name in plan.aliases.items():
-        _check_equal(checkpoint, alias, name, model, buffer)
+        if name not in converted:
+            _check_equal(checkpoint, alias, name, model, buffer)
     if converter:
-        sources = {name: source for source, name in plan.sources.items()}
-        for alias, name in list(model.tied.items()):
-            if converter.takes(alias):
-                report.bytes += _convert(model, alias, checkpoint, sources[name], device, converter)
+        _convert(model, converted, checkpoint, device, converter, count)
     tie(model)
     model.finalize()
     report.seconds = time.monotonic() - started
     return report
 
 
+def _to_convert(model: Any, plan: Plan, converter: Converter | None) -> dict[str, str]:
+    """Model tensor -> checkpoint tensor of what the converter takes, also tied tensors that get their own by that."""
+    if converter is None:
+        return {}
+    source_of = {name: source for source, name in plan.sources.items()}
+    source_of |= {alias: source_of[name] for alias, name in model.tied.items()}
+    return {name: source for name, source in source_of.items() if converter.takes(name)}
+
+
 def _convert(
-    model: Any, name: str, checkpoint: Checkpoint, source: str, device: torch.device | str, converter: Converter
-) -> int:
-    layer = model.get_submodule(name.rpartition(".")[0])
-    converted = converter.convert(name, layer, checkpoint.rows(source, CONVERT_BYTES), device)
-    return place_converted(model, converter, name, converted)
+    model: Any,
+    converted: dict[str, str],
+    checkpoint: Checkpoint,
+    device: torch.device | str,
+    converter: Converter,
+    count: Callable[[str, int], None],
+) -> None:
+    """Each tensor is read, row by row, and converted by one thread."""
+
+    def convert(name: str, source: str) -> nn.Module:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        return converter.convert(name, layer, checkpoint.rows(source, CONVERT_BYTES), device)
+
+    with workers() as pool:
+        pending = {pool.submit(convert, name, source): name for name, source in converted.items()}
+        for future in as_completed(pending):
+            name = pending[future]
+            count(converted[name], place_converted(model, converter, name, future.result()))
 
 
 def match(model: Any, checkpoint: Checkpoint) -> Plan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from queue import SimpleQueue
 from typing import Any
 
@@ -26,6 +26,7 @@ from surefoot.weights.assign import (
     tensor_slots,
     tie,
 )
+from surefoot.weights.workers import count, workers
 
 BUFFER_ELEMENTS = 4 << 20
 SMALL_ELEMENTS = 64 << 10
@@ -54,9 +55,8 @@ def random_weights(
     done = 0
     # Drawing is single-threaded inside torch, tensors are independent; the largest first, so that none is left over.
     order = sorted(slots, key=lambda name: -slots[name].numel())
-    workers = min(8, torch.get_num_threads())
     buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
-    for _ in range(workers):
+    for _ in range(count()):
         buffers.put(torch.empty(BUFFER_ELEMENTS))
 
     def fill(name: str) -> tuple[str, torch.Tensor | nn.Module]:
@@ -75,7 +75,7 @@ def random_weights(
         rows = max(1, CONVERT_BYTES // (tensor.shape[1] * tensor.itemsize))
         return name, converter.convert(name, layer, tensor.split(rows), device)
 
-    with ThreadPoolExecutor(max_workers=workers) as pool:
+    with workers() as pool:
         for future in as_completed([pool.submit(fill, name) for name in order]):
             name, made = future.result()
             if isinstance(made, torch.Tensor):

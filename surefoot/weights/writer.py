@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,10 @@ class Entry:
 
 
 class SafetensorsWriter:
-    """All tensors must be written in full before the file is closed."""
+    """All tensors must be written in full before the file is closed. Threads may write at the same time."""
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]):
-        self.path, self.entries = path, entries
+        self.path, self.entries, self._lock = path, entries, threading.Lock()
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._offsets: dict[str, int] = {}
         end = 0
@@ -66,7 +67,8 @@ class SafetensorsWriter:
             self._put(self._start + self._offsets[name] + first * entry.dtype.itemsize, _bytes(flat))
         except OSError as error:
             raise _cannot_write(self.path, error) from None
-        self._left -= flat.nbytes
+        with self._lock:
+            self._left -= flat.nbytes
 
     def _put(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data)
