@@ -10,10 +10,9 @@ Greedy decoding is asked for by temperature 0 and nothing else, so that a server
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -81,13 +80,15 @@ class PromptScores:
 class Abilities:
     """What the server was found to support.
 
-    token_ids: prompts may be token ids.  prompt, output, chat: the fields that give log-probabilities of the prompt, of
-    the output of /v1/completions, of the output of /v1/chat/completions; None: there is no way.
-    return_token_ids: it names the ids of prompt and output.  tokenize: /tokenize takes text, and messages.
+    token_ids, text, messages: what a prompt may be; messages go to /v1/chat/completions.
+    prompt, output, chat: the fields that give log-probabilities of the prompt, of the output of /v1/completions, of
+    the output of /v1/chat/completions; None: there is no way.
+    return_token_ids: it names the ids of prompt and output.  tokenize, tokenize_chat: /tokenize takes text, messages.
     """
 
     token_ids: bool = False
     text: bool = False
+    messages: bool = False
     prompt: dict[str, Any] | None = None
     output: dict[str, Any] | None = None
     chat: dict[str, Any] | None = None
@@ -132,7 +133,7 @@ class HttpBackend:
             raise InputError(f"--url {url!r} is no URL: give something like http://localhost:8000")
         self.vocab_size, self.names = vocab_size, names or TokenNames(None)
         self.eos_token_ids: frozenset[int] = frozenset()
-        self.concurrency = concurrency
+        self.concurrency, self.refusal = concurrency, ""
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         self._client = httpx.Client(
@@ -170,13 +171,13 @@ class HttpBackend:
         """Token ids in; `concurrency` requests in flight at a time."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         jobs = [(i, list(prompt), p) for i, (prompt, p) in enumerate(zip(prompts, each))]
-        return list(self._map(lambda job: self._completion(*job), jobs, concurrency))
+        return list(self.map(lambda job: self._completion(*job), jobs, concurrency))
 
     def score_logprobs(self, sequences: Sequence[Sequence[int]]) -> Iterator[PromptScores]:
         """Teacher-forced log-probabilities, sequence by sequence, so that what came before a failure is kept."""
         if self.abilities.prompt is None or not self.abilities.token_ids:
             raise EndpointError(f"{self.url} gives no log-probabilities of a prompt (prompt_logprobs, or echo)")
-        return self._map(self._scores, [list(s) for s in sequences])
+        return self.map(self._scores, [list(s) for s in sequences])
 
     # ---- plain requests
 
@@ -226,6 +227,7 @@ class HttpBackend:
         return Abilities(
             token_ids=takes_ids,
             text=takes_text,
+            messages=self._try(self.chat, hello, 1) is not None,
             prompt=first(PROMPT_DIALECTS, scores) if takes_ids else None,
             output=first(OUTPUT_DIALECTS, gives) if takes_ids or takes_text else None,
             chat=first(CHAT_DIALECTS, chats),
@@ -269,8 +271,8 @@ class HttpBackend:
         count = (body.get("usage") or {}).get("prompt_tokens")
         return Answer(text, ids, logprobs, choice.get("finish_reason"), count, prompt_ids, body)
 
-    def _map(self, work, items: Sequence[Any], concurrency: int | None = None) -> Iterator[Any]:
-        """Results in order, as they come."""
+    def map(self, work: Callable[[Any], Any], items: Sequence[Any], concurrency: int | None = None) -> Iterator[Any]:
+        """`work` on each item, `concurrency` at a time; results in order, as they come."""
         count = concurrency or self.concurrency
         if count == 1:
             yield from map(work, items)
@@ -280,9 +282,11 @@ class HttpBackend:
 
     def _try(self, request, *args: Any) -> Any:
         """The answer, or None if the server refuses."""
-        with contextlib.suppress(RefusedError):
+        try:
             return request(*args)
-        return None
+        except RefusedError as error:
+            self.refusal = str(error)
+            return None
 
     def _card(self, wanted: str | None) -> dict[str, Any]:
         try:
