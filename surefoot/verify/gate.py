@@ -23,7 +23,7 @@ Evidence = dict[str, Any]
 
 
 def decide(evidence: Evidence) -> tuple[Verdict, list[Finding]]:
-    findings = [Finding(**f) for f in evidence.get("endpoint", {}).get("findings", ())]
+    findings = [_of_server(Finding(**f)) for f in evidence.get("endpoint", {}).get("findings", ())]
     for check in CHECKS if "endpoint" not in evidence else ():
         findings += examine(check, evidence, stopped=any(f.status == "fail" for f in findings))
     statuses = {f.status for f in findings}
@@ -44,6 +44,15 @@ def examine(check: str, evidence: Evidence, stopped: bool = False) -> list[Findi
         return [Finding(check, "not_possible", str(given["not_possible"]))]
     found = _EXAMINE[check](given)
     return found if isinstance(found, list) else [found]
+
+
+def _of_server(told: Finding) -> Finding:
+    """What endpoint.py found; logits are judged anew, from the raw numbers that came with them."""
+    if "raw" not in told.details:
+        return told
+    (found,) = examine("logits", {"logits": told.details["raw"]})
+    kept = {k: v for k, v in told.details.items() if k not in ("raw", *found.details)}
+    return Finding(told.check, found.status, f"{found.summary} ({told.details['source']})", kept | found.details)
 
 
 # ---- exact checks
@@ -126,8 +135,17 @@ def _sampler(given: Evidence) -> Finding:
 
 
 def _parity(given: Evidence) -> list[Finding]:
-    found = [Finding(**f) for f in given["findings"]]
+    found = [_path(Finding(**f)) for f in given["findings"]]
     return found or [Finding("parity", "not_possible", "the target has no paths to compare")]
+
+
+def _path(found: Finding) -> Finding:
+    """A path that passed must have numbers that pass."""
+    facts = found.details
+    wrong = float(facts.get("ratio") or 0) > 1 or facts.get("problem") or facts.get("first") or facts.get("flips")
+    if found.status == "pass" and wrong:
+        return Finding("parity", "fail", f"{facts.get('path')}: its numbers do not pass", facts)
+    return found
 
 
 # ---- measured checks

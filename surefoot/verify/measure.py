@@ -7,6 +7,7 @@ module, in groups of layers that fit into MEMORY.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,7 +79,19 @@ class Measurer:
         }
         if ours is not None and theirs:
             self.device = max(1.0, ours / theirs)
-        return facts | {"device": self.device}
+        return facts | {"device": self.device, "capture": self._overhead(ids)}
+
+    def _overhead(self, ids: list[int]) -> Evidence | None:
+        """Seconds of a plain pass of the target, and of one that keeps the activations of the layers."""
+        model = model_of(self.target)
+        if model is None:
+            return None
+        pattern = next(patterns(model, len(ids), 1))
+        began = time.perf_counter()
+        self.target.score([ids])
+        between = time.perf_counter()
+        self.target.capture(ids, pattern)
+        return {"plain_s": between - began, "capturing_s": time.perf_counter() - between, "tokens": len(ids)}
 
     def _spread(self, backend: Backend, ids: list[int]) -> float | None:
         model = model_of(backend)
