@@ -1,6 +1,6 @@
 """The CPU's linear kernels against the machine's limits and PyTorch, on the shapes of Llama-3.2-1B.
 
-    python benchmarks/bench_kernels.py [--isa avx2] [--threads 2] [--repeats 7] [--kinds w8a8,bf16] [--best] [--json FILE]
+    python benchmarks/bench_kernels.py [--isa avx2] [--threads 2] [--repeats 7] [--kinds w8a8,bf16] [--best] [--json F]
 
 First the limits, measured by the same compiler and threads: memory read over a buffer far larger than the caches, and
 multiply-adds in registers. Then each kernel at 1, 8 and 512 tokens. Rounds are interleaved: every round measures every
@@ -8,8 +8,7 @@ case, each over its own copies of the weights, so that none is left in a cache, 
 are medians over all calls; with --best the fastest, which is closer to the truth where others use the machine. With one
 thread, what counts is that thread's CPU time, so that waiting for a core does not.
 
-GB/s counts each weight byte (and scale) once; GMAC/s the multiply-adds; "of limit" is the time the machine's limit would
-need (the longer of reading the weights and multiplying) divided by the measured one. tok/s is the sum over all linears
+GB/s counts each weight byte (and scale) once; GMAC/s the multiply-adds; "of limit" is the time the limit would need (the longer of reading the weights and multiplying) divided by the measured one. tok/s is the sum over all linears
 of the model, the output layer included at 1 and 8 tokens: an upper bound for a model's speed.
 """
 
