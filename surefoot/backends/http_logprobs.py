@@ -49,7 +49,10 @@ class TokenNames:
         """Whether these tokens can be the text: servers strip spaces, and leave out the last, stopping token."""
         if self.tokenizer is None:
             return True
-        return any(self.tokenizer.decode(part).strip() == text.strip() for part in (ids, ids[:-1]))
+        return any(self.text_of(part).strip() == text.strip() for part in (ids, ids[:-1]))
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids) if self.tokenizer is not None else ""
 
     def ids_of(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False) if self.tokenizer is not None else []
@@ -73,9 +76,7 @@ def prompt_entries(body: dict[str, Any], ids: Sequence[int], names: TokenNames) 
             return None
         rows = zip(ids[1:], values[1:], [*tops, *[None] * len(ids)][1:])
         found = [_entry(token, value, _pairs(top, names)) for token, value, top in rows]
-    if not found or any(e is None for e in found):
-        return None
-    return [None, *found]
+    return None if any(e is None for e in found) else [None, *found]
 
 
 def _from_table(row: Any, token: int) -> TokenLogprob | None:

@@ -20,11 +20,12 @@ from surefoot.backends.http import Answer, EndpointError, HttpBackend
 from surefoot.backends.http_logprobs import TokenNames
 from surefoot.core.errors import InputError
 from surefoot.core.outputs import TokenLogprob
+from surefoot.core.sampling import SamplingParams
 from surefoot.verify import gate, prompts, texts
 from surefoot.verify.continuation import greedy
 from surefoot.verify.measure import Measurer
 from surefoot.verify.pack import unpack_index
-from surefoot.verify.prompts import Prompt
+from surefoot.verify.prompts import LONG_TEXT, Prompt
 from surefoot.verify.shapes import CHECKS, Finding, Progress, VerifySettings
 from surefoot.verify.told import Choices, Told, logits_evidence
 from surefoot.weights.checkpoint import Checkpoint
@@ -231,57 +232,64 @@ class Endpoint:
         return self.target.ask(prompt.text or "", count, can.output if logprobs else None)
 
     def _greedy_only(self) -> Finding:
-        """No log-probabilities at all: greedy answers, read back into tokens, must be the reference's own choices."""
-        asked, answers = self._texts()
+        """No log-probabilities at all: the tokens of greedy answers must be the reference's own choices."""
         line = "the server gives no log-probabilities, of prompts or of answers: its logits cannot be proven"
-        if not answers:
+        if self.text is None:
             return Finding("logits", "not_possible", line)
-        wrong, count = self._wrong(asked, answers)
-        details = {"source": "greedy answers", "tokens": count, "wrong": wrong, "slack": self.choices.slack}
-        details["sequences"] = [p.ids + a for p, a in zip(asked, answers)]
+        count = self.settings.continuation_tokens
+        self.tick("greedy answers")
+        got = [self._answer(p, count, logprobs=False) for p in self.asked]
+        self.choices.calibrate([p.ids + self._read(a) for p, a in zip(self.asked, got)][:4])
+        wrong, judged = self._wrong(self.asked, got)
+        details = {"source": "greedy answers", "tokens": judged, "wrong": wrong, "slack": self.choices.slack}
         if wrong:
-            return Finding(
-                "logits", "fail", f"the server's greedy answers are not the reference's: {wrong[0]}", details
-            )
-        line += f" ({count} greedy tokens are the reference's own choices)"
+            return Finding("logits", "fail", f"greedy answers that the reference would not give: {wrong[0]}", details)
+        line += f" ({judged} greedy tokens are the reference's own choices)"
         return Finding("logits", "not_possible", line, details)
 
-    def _texts(self) -> tuple[list[Prompt], list[list[int]]]:
-        """Greedy answers whose text gives back the number of tokens that the server counted."""
-        asked, answers = [], []
-        for prompt in self.asked if self.text is not None else ():
-            self.tick(f"greedy answers: {prompt.name[:30]}")
-            answer = self._answer(prompt, self.settings.continuation_tokens, logprobs=False)
+    def _wrong(self, asked: list[Prompt], got: list[Answer]) -> tuple[list[str], int]:
+        """Greedy answers with a token that the reference would not choose even with noise; number of tokens judged."""
+        wrong, judged = [], 0
+        for prompt, answer in zip(asked, got):
+            self.tick(f"judging the answer to {prompt.name[:30]}")
             ids = self._read(answer)
             made = (answer.raw.get("usage") or {}).get("completion_tokens")
-            if ids and made in (None, len(ids), len(ids) + 1):  # + 1: the token that stopped it is not in the text
-                asked.append(prompt)
-                answers.append(ids)
-        return asked, answers
+            if answer.token_ids or made in (len(ids), len(ids) + 1):  # + 1: the token that stopped it has no text
+                (lost,) = self.choices.lost([prompt.ids], [ids])
+                at = int((lost > 0).nonzero()[0]) if (lost > 0).any() else None
+                judged += len(ids)
+            else:  # the text does not say which tokens it was made of
+                at, certain = self._astray(prompt, answer.text)
+                judged += certain
+            if at is not None:
+                wrong.append(f"token {at} of the answer to {prompt.name!r}")
+        return wrong, judged
 
-    def _wrong(self, asked: list[Prompt], answers: list[list[int]]) -> tuple[list[str], int]:
-        """Answers that hold a token which the reference would not choose even with noise; number of tokens judged."""
-        given = [p.ids for p in asked]
-        self.choices.calibrate([p + a for p, a in zip(given, answers)][:4])
-        wrong = []
-        for prompt, answer, lost in zip(asked, answers, self.choices.lost(given, answers)):
-            if (lost > 0).any():
-                at = int((lost > 0).nonzero()[0])
-                wrong.append(
-                    f"token {at} of the answer to {prompt.name!r} ({answer[at]}) is no choice of the reference"
-                )
-        return wrong, sum(map(len, answers))
+    def _astray(self, prompt: Prompt, text: str) -> tuple[int | None, int]:
+        """Where a text leaves the reference's greedy one although the reference is certain; tokens until then."""
+        params = SamplingParams(max_tokens=self.settings.continuation_tokens)
+        ids = self.reference.generate([prompt.ids], params)[0].token_ids
+        for n in range(1, len(ids) + 1):
+            so_far = self.target.names.text_of(ids[:n]).lstrip()
+            if so_far.endswith("\ufffd") or text.lstrip().startswith(so_far):
+                continue
+            margin = self.choices.margins(prompt.ids, ids[:n])[-1]
+            return (n - 1 if margin > 0 else None), n - 1
+        return None, len(ids)
 
     # ---- sampler
 
     def sampler(self) -> Finding:
         """Asked for temperature 0 and nothing else, the server must take its likeliest token, and do it again.
 
-        Prompts are doubled where token ids can be sent, so that a repetition penalty has something to act on.
+        Prompts are doubled where token ids can be sent, so that a repetition penalty has something to act on; behind
+        text that the model does not know margins are small, and sampling shows.
         """
         asked, by_ids = self.asked[:3], self.can.token_ids
         if by_ids:
-            asked = [Prompt(p.name, text=p.name, ids=p.ids + p.ids) for p in asked]
+            asked = [Prompt(p.name, ids=p.ids + p.ids) for p in asked]
+        if self.text is not None and (by_ids or self.can.text):
+            asked.append(Prompt("mixed text", text=LONG_TEXT[:150], ids=self.text.encode(LONG_TEXT[:150], True)))
         first, again = ([self._answer(p, 16, logprobs=by_ids) for p in asked] for _ in range(2))
         for prompt, a, b in zip(asked, first, again):
             if (a.token_ids, a.text) != (b.token_ids, b.text):
@@ -318,14 +326,14 @@ class Endpoint:
     def _same_answers(self, level: int, asked: list[Prompt], alone: list[Answer], got: list[Answer]) -> Finding:
         """Tokens as when asked alone, unless noise explains the choice; log-probabilities within the noise."""
         path = f"{level} requests at a time"
-        other = [(p, self._read(a)) for p, a, b in zip(asked, got, alone) if self._read(a) != self._read(b)]
-        wrong, _ = self._wrong([p for p, _ in other], [ids for _, ids in other]) if other else ([], 0)
-        worst = max((_apart(a.logprobs, b.logprobs) for a, b in zip(alone, got)), default=0.0)
         if not self.choices.slack:
             self.choices.calibrate([p.ids for p in self.asked[:4]])
+        other = [(p, a) for p, a, b in zip(asked, got, alone) if (a.token_ids, a.text) != (b.token_ids, b.text)]
+        wrong, _ = self._wrong([p for p, _ in other], [a for _, a in other])
+        worst = max((_apart(a.logprobs, b.logprobs) for a, b in zip(alone, got)), default=0.0)
         details = {"path": path, "other_answers": len(other), "wrong": wrong, "worst_logprob_difference": worst}
         if wrong:
-            return Finding("parity", "fail", f"{path}: {wrong[0]}", details)
+            return Finding("parity", "fail", f"{path}: {wrong[0]} is not the one that comes alone", details)
         if worst > self.choices.slack:
             line = f"{path}: a log-probability differs by {worst:.2g} from that of the same request alone"
             return Finding("parity", "fail", f"{line}, noise explains {self.choices.slack:.2g}", details)

@@ -126,6 +126,12 @@ class Choices:
         worst = max((w for _, w in self.measurer.nulls(off)), default=0.0)
         self.slack = self.SAFETY * 2 * max(worst, 1e-5)
 
+    def margins(self, prompt: list[int], answer: list[int]) -> torch.Tensor:
+        """[N]: the reference's best logit minus its second, less `slack`, where it chooses each token of `answer`."""
+        (logits,) = each(self.measurer.reference, [prompt + answer])
+        top = logits[len(prompt) - 1 : -1].topk(2).values
+        return top[:, 0] - top[:, 1] - self.slack
+
     def lost(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[torch.Tensor]:
         """Per answer [N]: the reference's best logit minus that of the token taken, less `slack`; above 0 is wrong."""
         found = []
