@@ -8,8 +8,9 @@ case, each over its own copies of the weights, so that none is left in a cache, 
 are medians over all calls; with --best the fastest, which is closer to the truth where others use the machine. With one
 thread, what counts is that thread's CPU time, so that waiting for a core does not.
 
-GB/s counts each weight byte (and scale) once; GMAC/s the multiply-adds; "of limit" is the time the limit would need (the longer of reading the weights and multiplying) divided by the measured one. tok/s is the sum over all linears
-of the model, the output layer included at 1 and 8 tokens: an upper bound for a model's speed.
+GB/s counts each weight byte (and scale) once; GMAC/s the multiply-adds; "of limit" is the time the limit would need
+(the longer of reading the weights and multiplying) divided by the measured one. tok/s is the sum over all linears of
+the model, the output layer included at 1 and 8 tokens: an upper bound for a model's speed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Linear layers with quantised weights, in the tensors that the `compressed-tensors` format stores.
 
 w8: one symmetric int8 scale per output channel. w4: symmetric int4 in groups along the input, eight to an int32;
-element 8 i + j of a row is in bits 4 j ... 4 j + 3 of word i, stored plus 8. Activations are quantised token by token or not at
-all, so a token's result never depends on the rest of its batch.
+element 8 i + j of a row is in bits 4 j ... 4 j + 3 of word i, stored plus 8. Activations are quantised token by token
+or not at all, so a token's result never depends on the rest of its batch.
 """
 
 from __future__ import annotations
