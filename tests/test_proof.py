@@ -208,3 +208,16 @@ def test_diff(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "verdict: proven -> refuted" in out
     assert "logits: pass" in out
+
+
+def test_the_logits_of_a_server_are_judged_again():
+    """What the server's finding claims does not matter where its raw numbers are there."""
+    right = logits(100, vocab=100)
+    run = noisy(right, 1)
+    run[50] = run[51]
+    raw = jsonable(logit_evidence(right, run, null_runs(right)))
+    claimed = {"check": "logits", "status": "pass", "summary": "fine", "details": {"raw": raw, "source": "echo"}}
+    verdict, findings = gate.decide({"endpoint": {"findings": [claimed]}})
+    assert verdict == "refuted"
+    assert findings[0].summary.endswith("(echo)")
+    assert "raw" not in findings[0].details

@@ -3,7 +3,7 @@
 `decide(evidence)` goes through the checks in their order. After the first that fails the later ones are "not reached".
 Refuted: a check failed. Undecided: none failed, but one could not tell, or the logits could not be compared.
 Proven: the logits passed and nothing else failed; checks that were not possible are named in the findings.
-A server is a black box: what endpoint.py found on it is evidence as it stands.
+A server is a black box: what endpoint.py found on it is evidence as it stands, but its logits are judged here.
 """
 
 from __future__ import annotations
@@ -33,6 +33,17 @@ def decide(evidence: Evidence) -> tuple[Verdict, list[Finding]]:
     if "undecided" in statuses or logits is None or logits.status != "pass":
         return "undecided", findings
     return "proven", findings
+
+
+def _of_server(found: Finding) -> Finding:
+    """A finding on a server; where its raw numbers are there, they decide."""
+    facts = {k: v for k, v in found.details.items() if k not in ("raw", "sequences")}
+    raw = found.details.get("raw")
+    if raw is None:
+        return Finding(found.check, found.status, found.summary, facts)
+    (again,) = examine(found.check, {found.check: raw})
+    source = facts.get("source")
+    return Finding(found.check, again.status, again.summary + (f" ({source})" if source else ""), facts | again.details)
 
 
 def examine(check: str, evidence: Evidence, stopped: bool = False) -> list[Finding]:

@@ -15,7 +15,7 @@ def lines(proof: Proof) -> list[str]:
     """Verdict, checks, module and cause, sensitivity."""
     data = proof.data
     out = [headline(proof)]
-    for finding in _grouped(proof.findings):
+    for finding in _merged(_grouped(proof.findings)):
         out.append(f"  {MARKS[finding.status]:4} {finding.check:9} {_cut(finding.summary)}")
     place, cause = data.get("localisation"), data.get("cause")
     if place:
@@ -46,6 +46,17 @@ def _grouped(findings: list[Finding]) -> list[Finding]:
             out.append(Finding(check, "pass", f"{len(good)} paths lead to the same numbers{near}"))
             mine = [f for f in mine if f.status not in ("pass", "not_possible")]
         out += mine
+    return out
+
+
+def _merged(findings: list[Finding]) -> list[Finding]:
+    """Neighbours of which the same is said, in one line."""
+    out: list[Finding] = []
+    for finding in findings:
+        if out and (out[-1].status, out[-1].summary) == (finding.status, finding.summary) and finding.status != "fail":
+            out[-1] = Finding(f"{out[-1].check}, {finding.check}", finding.status, finding.summary)
+        else:
+            out.append(finding)
     return out
 
 
