@@ -81,4 +81,5 @@ class BuildKernels(build_ext):
 setup(
     ext_modules=[Extension("surefoot.ops.cpu._kernels", [f"{CSRC}/isa.cpp"], language="c++", optional=True)],
     cmdclass={"build_ext": BuildKernels},
+    exclude_package_data={"": ["csrc/*"], "surefoot.ops.cpu": ["csrc/*"]},
 )

@@ -9,7 +9,8 @@ constexpr long SMALL = 64;  // tokens up to which weights are read from memory o
 // Weights per task: for few tokens a fair share of a thread's work; for many what stays in a core's L2.
 constexpr long TASK_BYTES = 128 * 1024, TASK_BYTES_MANY = 256 * 1024;
 constexpr long ROW_BYTES = 4096;  // of one token's activations, used before going on along K
-constexpr long AHEAD = 16 * 1024;  // bytes to prefetch ahead, at least: twice what memory delivers in its own latency
+// Bytes to prefetch ahead: for several tokens at least, for a single one, whose weights are one stream, exactly.
+constexpr long AHEAD = 8 * 1024, AHEAD_ALONE = 4 * 1024;
 
 struct Finish {  // adds the bias and writes in the output's dtype
   const Linear& job;
@@ -60,6 +61,7 @@ template <class Tile> struct Multiply {
 
   // How far behind the weights of this range those lie that are wanted next; 0 at the end.
   long ahead(long quad, long k) const {
+    if (job.M == 1 && Tile::ONE_STREAM) return AHEAD_ALONE;
     const long quad_bytes = 4 * t.w_bytes, range_bytes = t.w_bytes * range / t.K;
     if (k + range < t.K) return range_bytes;
     const long later = t.K > range ? 1 : ceil_div(AHEAD, quad_bytes);

@@ -1,7 +1,8 @@
 // Tiles of the linear kernels: R tokens x 4 output channels, dot products along K with both sides row by row.
 //
 // A long K is taken in ranges [k0, k1), so that the tokens of a tile stay in L1 while many channels pass; in between the
-// accumulators wait in memory as they are. Every output is summed in one order that depends on K alone, so a token gets the same bits in any batch.
+// accumulators wait in memory as they are. Every output is summed in one order that depends on K alone, so a token gets
+// the same bits in any batch. A single token takes the channels one after another, which reads memory as one stream.
 // Activations are padded with zeros to a multiple of the step; weights are not, and their last partial step is copied.
 #pragma once
 #include "quantise.h"
@@ -45,17 +46,17 @@ template <class W, int STEP> class Rows {
     }
   }
 
-  // body(weights, k) for each step in [k, end); behind the end of a row the weights are zero.
-  template <class Body> SF_INLINE void walk(long k, long end, const Body& body) const {
-    const W* w[4];
-    SF_UNROLL for (int j = 0; j < 4; ++j) w[j] = p_[j] + k;
+  // body(weights of C rows from row c on, k) for each step in [k, end); behind the end of a row the weights are zero.
+  template <int C, class Body> SF_INLINE void walk(int c, long k, long end, const Body& body) const {
+    const W* w[C];
+    SF_UNROLL for (int j = 0; j < C; ++j) w[j] = p_[c + j] + k;
     for (; k < end; k += STEP) {
       if (k == whole_) {
-        SF_UNROLL for (int j = 0; j < 4; ++j) w[j] = rest_[j];
+        SF_UNROLL for (int j = 0; j < C; ++j) w[j] = rest_[c + j];
       }
-      SF_UNROLL for (int j = 0; j < 4; ++j) prefetch(reinterpret_cast<const char*>(w[j]) + ahead_[j]);
+      SF_UNROLL for (int j = 0; j < C; ++j) prefetch(reinterpret_cast<const char*>(w[j]) + ahead_[c + j]);
       body(w, k);
-      SF_UNROLL for (int j = 0; j < 4; ++j) w[j] += STEP;
+      SF_UNROLL for (int j = 0; j < C; ++j) w[j] += STEP;
     }
   }
 
@@ -81,16 +82,31 @@ template <int R, class V> static SF_INLINE bool suspend(const V acc[R][4], const
   return true;
 }
 
+// Channels that R tokens take at once.
+template <int R> constexpr int COLUMNS = R == 1 ? 1 : 4;
+
+// acc[.][c ...] += products of C channels: accumulators are taken out, so that they stay in registers.
+template <int R, int C, class V, class Body> static SF_INLINE void columns(V acc[R][4], const Body& body) {
+  SF_UNROLL for (int c = 0; c < 4; c += C) {
+    V part[R][C];
+    SF_UNROLL for (int m = 0; m < R; ++m)
+      SF_UNROLL for (int j = 0; j < C; ++j) part[m][j] = acc[m][c + j];
+    body(part, c);
+    SF_UNROLL for (int m = 0; m < R; ++m)
+      SF_UNROLL for (int j = 0; j < C; ++j) acc[m][c + j] = part[m][j];
+  }
+}
+
 template <class W> struct FloatTile {  // fp32, bf16 or fp16 weights, widened; fp32 activations
   typedef float X;
   static constexpr int STEP = LANES;
 
-  template <int R> static SF_INLINE void step(F acc[R][4], const W* const w[4], const float* x, long ldx) {
-    F b[4];
-    SF_UNROLL for (int j = 0; j < 4; ++j) b[j] = load(w[j]);
+  template <int R, int C> static SF_INLINE void step(F acc[R][C], const W* const w[C], const float* x, long ldx) {
+    F b[C];
+    SF_UNROLL for (int j = 0; j < C; ++j) b[j] = load(w[j]);
     SF_UNROLL for (int m = 0; m < R; ++m) {
       const F a = f_load(x + m * ldx);
-      SF_UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = f_fma(a, b[j], acc[m][j]);
+      SF_UNROLL for (int j = 0; j < C; ++j) acc[m][j] = f_fma(a, b[j], acc[m][j]);
     }
   }
 };
@@ -100,12 +116,12 @@ struct Bf16Tile {  // bf16 weights and activations as they are
   typedef bf16 X;
   static constexpr int STEP = BF16_STEP;
 
-  template <int R> static SF_INLINE void step(F acc[R][4], const bf16* const w[4], const bf16* x, long ldx) {
-    I b[4];
-    SF_UNROLL for (int j = 0; j < 4; ++j) b[j] = bf16_load(w[j]);
+  template <int R, int C> static SF_INLINE void step(F acc[R][C], const bf16* const w[C], const bf16* x, long ldx) {
+    I b[C];
+    SF_UNROLL for (int j = 0; j < C; ++j) b[j] = bf16_load(w[j]);
     SF_UNROLL for (int m = 0; m < R; ++m) {
       const I a = bf16_load(x + m * ldx);
-      SF_UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = dot_bf16(acc[m][j], b[j], a);
+      SF_UNROLL for (int j = 0; j < C; ++j) acc[m][j] = dot_bf16(acc[m][j], b[j], a);
     }
   }
 };
@@ -113,6 +129,7 @@ struct Bf16Tile {  // bf16 weights and activations as they are
 
 template <class Kind, class W> struct DenseTile {
   static constexpr int ROWS_MAX = ROWS;
+  static constexpr bool ONE_STREAM = true;
   typedef typename Kind::X X;
 
   template <int R> static bool run(const Tiles& t, long n, long m0, const Range& range, Float4 out[]) {
@@ -121,8 +138,11 @@ template <class Kind, class W> struct DenseTile {
     const X* x = static_cast<const X*>(t.x) + m0 * t.ldx;
     F acc[R][4];
     resume<R>(acc, range, f_zero);
-    rows.walk(range.k0, range.k1, [&](const W* const w[4], long k) SF_INLINE_LAMBDA {
-      Kind::template step<R>(acc, w, x + k, t.ldx);
+    constexpr int C = COLUMNS<R>;
+    columns<R, C>(acc, [&](F part[R][C], int c) SF_INLINE_LAMBDA {
+      rows.template walk<C>(c, range.k0, range.k1, [&](const W* const w[C], long k) SF_INLINE_LAMBDA {
+        Kind::template step<R, C>(part, w, x + k, t.ldx);
+      });
     });
     if (suspend<R>(acc, range, t.K)) return false;
     SF_UNROLL for (int m = 0; m < R; ++m) out[m] = f_hsum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
@@ -140,13 +160,14 @@ static SF_INLINE Float4 channel_scales(const Tiles& t, long n) {
 struct Int8Tile {  // int8 weights, int8 activations: exact integers, scaled once at the end
   typedef A8 X;
   static constexpr int ROWS_MAX = ROWS;
+  static constexpr bool ONE_STREAM = true;
 
-  template <int R> static SF_INLINE void step(I acc[R][4], const int8_t* const w[4], const A8* x, long ldx) {
-    W8 b[4];
-    SF_UNROLL for (int j = 0; j < 4; ++j) b[j] = w8_load(w[j]);
+  template <int R, int C> static SF_INLINE void step(I acc[R][C], const int8_t* const w[C], const A8* x, long ldx) {
+    W8 b[C];
+    SF_UNROLL for (int j = 0; j < C; ++j) b[j] = w8_load(w[j]);
     SF_UNROLL for (int m = 0; m < R; ++m) {
       const auto a = a8_load(x + m * ldx);
-      SF_UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = dot_a8(acc[m][j], b[j], a);
+      SF_UNROLL for (int j = 0; j < C; ++j) acc[m][j] = dot_a8(acc[m][j], b[j], a);
     }
   }
 
@@ -155,8 +176,11 @@ struct Int8Tile {  // int8 weights, int8 activations: exact integers, scaled onc
     const A8* x = static_cast<const A8*>(t.x) + m0 * t.ldx;
     I acc[R][4];
     resume<R>(acc, range, i_zero);
-    rows.walk(range.k0, range.k1, [&](const int8_t* const w[4], long k) SF_INLINE_LAMBDA {
-      step<R>(acc, w, x + k, t.ldx);
+    constexpr int C = COLUMNS<R>;
+    columns<R, C>(acc, [&](I part[R][C], int c) SF_INLINE_LAMBDA {
+      rows.walk<C>(c, range.k0, range.k1, [&](const int8_t* const w[C], long k) SF_INLINE_LAMBDA {
+        step<R, C>(part, w, x + k, t.ldx);
+      });
     });
     if (suspend<R>(acc, range, t.K)) return false;
     const Float4 scale = channel_scales(t, n);
@@ -171,13 +195,14 @@ struct Int8Tile {  // int8 weights, int8 activations: exact integers, scaled onc
 struct Int8WideTile {  // int8 weights, int16 activations: exact integers within a block, then fp32
   typedef int16_t X;
   static constexpr int ROWS_MAX = ROWS;
+  static constexpr bool ONE_STREAM = true;
 
-  template <int R> static SF_INLINE void step(I acc[R][4], const int8_t* const w[4], const int16_t* x, long ldx) {
-    W16 b[4];
-    SF_UNROLL for (int j = 0; j < 4; ++j) b[j] = w16_load(w[j]);
+  template <int R, int C> static SF_INLINE void step(I acc[R][C], const int8_t* const w[C], const int16_t* x, long ldx) {
+    W16 b[C];
+    SF_UNROLL for (int j = 0; j < C; ++j) b[j] = w16_load(w[j]);
     SF_UNROLL for (int m = 0; m < R; ++m) {
       const auto a = a16_load(x + m * ldx);
-      SF_UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = dot_a16(acc[m][j], b[j], a);
+      SF_UNROLL for (int j = 0; j < C; ++j) acc[m][j] = dot_a16(acc[m][j], b[j], a);
     }
   }
 
@@ -186,19 +211,21 @@ struct Int8WideTile {  // int8 weights, int16 activations: exact integers within
     const int16_t* x = static_cast<const int16_t*>(t.x) + m0 * t.ldx;
     F total[R][4];
     resume<R>(total, range, f_zero);
-    for (long b = range.k0 / BLOCK; b * BLOCK < range.k1; ++b) {
-      const long end = min_l(range.k1, (b + 1) * BLOCK);
-      I acc[R][4];
-      SF_UNROLL for (int m = 0; m < R; ++m)
-        SF_UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = i_zero();
-      rows.walk(b * BLOCK, end, [&](const int8_t* const w[4], long k) SF_INLINE_LAMBDA {
-        step<R>(acc, w, x + k, t.ldx);
-      });
-      SF_UNROLL for (int m = 0; m < R; ++m) {
-        const F scale = f_set(t.scales[(m0 + m) * t.blocks + b]);
-        SF_UNROLL for (int j = 0; j < 4; ++j) total[m][j] = f_fma(i_to_f(acc[m][j]), scale, total[m][j]);
+    constexpr int C = COLUMNS<R>;
+    columns<R, C>(total, [&](F part[R][C], int c) SF_INLINE_LAMBDA {
+      for (long b = range.k0 / BLOCK; b * BLOCK < range.k1; ++b) {
+        I acc[R][C];
+        SF_UNROLL for (int m = 0; m < R; ++m)
+          SF_UNROLL for (int j = 0; j < C; ++j) acc[m][j] = i_zero();
+        rows.walk<C>(c, b * BLOCK, min_l(range.k1, (b + 1) * BLOCK), [&](const int8_t* const w[C], long k) SF_INLINE_LAMBDA {
+          step<R, C>(acc, w, x + k, t.ldx);
+        });
+        SF_UNROLL for (int m = 0; m < R; ++m) {
+          const F scale = f_set(t.scales[(m0 + m) * t.blocks + b]);
+          SF_UNROLL for (int j = 0; j < C; ++j) part[m][j] = f_fma(i_to_f(acc[m][j]), scale, part[m][j]);
+        }
       }
-    }
+    });
     if (suspend<R>(total, range, t.K)) return false;
     const Float4 scale = channel_scales(t, n);
     SF_UNROLL for (int m = 0; m < R; ++m)
@@ -207,17 +234,17 @@ struct Int8WideTile {  // int8 weights, int16 activations: exact integers within
   }
 };
 
-template <class S> struct Int4Tile {  // int4 weights in groups of 32 or 128 n, int16 activations
+template <class S> struct Int4Tile {  // int4 weights in groups of 32 or a multiple of 128, int16 activations
   typedef int16_t X;
   static constexpr int ROWS_MAX = W4_ROWS;
-  static constexpr int C = W4_COLUMNS;
+  static constexpr bool ONE_STREAM = false;  // channels one by one are slower here: their sums wait for each other
 
   static inline F group_scales(const S* scale, long group, long step) {
     if (group == 32) return w4_scales_32(scale + step * (W4_STEP / 32));
     return f_set(to_float(scale[step * W4_STEP / group]));
   }
 
-  template <int R>
+  template <int R, int C>
   static SF_INLINE void step(F acc[R][C], const uint8_t* const w[C], const F scale[C], const Tiles& t, long m0, long s) {
     W16 b[C][4];
     SF_UNROLL for (int j = 0; j < C; ++j) w4_load(w[j], b[j]);
@@ -250,32 +277,26 @@ template <class S> struct Int4Tile {  // int4 weights in groups of 32 or 128 n, 
     }
     F total[R][4];
     resume<R>(total, range, f_zero);
-    SF_UNROLL for (int c = 0; c < 4; c += C) {
-      F acc[R][C];
-      SF_UNROLL for (int m = 0; m < R; ++m)
-        SF_UNROLL for (int j = 0; j < C; ++j) acc[m][j] = total[m][c + j];
+    constexpr int C = W4_COLUMNS;
+    columns<R, C>(total, [&](F part[R][C], int c) SF_INLINE_LAMBDA {
+      const uint8_t* w[C];
+      F scale[C];
       for (long s = range.k0 / W4_STEP; s < min_l(steps, range.k1 / W4_STEP); ++s) {
-        const uint8_t* w[C];
-        F scale[C];
         SF_UNROLL for (int j = 0; j < C; ++j) {
           w[j] = rows[c + j] + s * (W4_STEP / 2);
           prefetch(w[j] + range.distance(c + j));
           scale[j] = group_scales(scales[c + j], t.group, s);
         }
-        step<R>(acc, w, scale, t, m0, s);
+        step<R, C>(part, w, scale, t, m0, s);
       }
       if (rest && range.k1 >= t.K) {
-        const uint8_t* w[C];
-        F scale[C];
         SF_UNROLL for (int j = 0; j < C; ++j) {
           w[j] = last[c + j];
           scale[j] = group_scales(last_scales[c + j], t.group, 0);
         }
-        step<R>(acc, w, scale, t, m0, steps);
+        step<R, C>(part, w, scale, t, m0, steps);
       }
-      SF_UNROLL for (int m = 0; m < R; ++m)
-        SF_UNROLL for (int j = 0; j < C; ++j) total[m][c + j] = acc[m][j];
-    }
+    });
     if (suspend<R>(total, range, t.K)) return false;
     SF_UNROLL for (int m = 0; m < R; ++m) out[m] = f_hsum4(total[m][0], total[m][1], total[m][2], total[m][3]);
     return true;
