@@ -23,11 +23,12 @@ Variant = tuple[str, torch.Tensor]  # what exactly was tried, and the output [T,
 
 @dataclass(frozen=True)
 class Case:
-    """What a candidate may look at. weights: the target's own parameters by name, where it shows them."""
+    """What a candidate may look at. weights: the target's own parameters by name, where it shows them.  dtype: its."""
 
     suspect: Suspect
     replay: Replay
     weights: Mapping[str, torch.Tensor]
+    dtype: torch.dtype = torch.float32
 
     @property
     def module(self) -> Any:

@@ -58,7 +58,7 @@ def _backwards(case: Case) -> Iterator[Variant]:
 
 def _tables(name: str) -> Callable[[Case], Iterator[Variant]]:
     def variants(case: Case) -> Iterator[Variant]:
-        for found, label, angle in rope_mistakes(rope_config(case.replay), case.replay.num_tokens):
+        for found, label, angle in rope_mistakes(rope_config(case.replay.model), case.replay.num_tokens):
             if found == name:
                 cos, sin = angle.cos(), angle.sin()
 
@@ -239,7 +239,8 @@ def what_is_wrong(case: Case, found: CacheRead) -> tuple[str, str] | None:
     known = {i: int(nearest[i]) for i in wrong if apart[i, nearest[i]] <= allowed}
     if case.suspect.on.path == "prefix_hit" and wrong[0] < case.suspect.on.chunks[0][0]:
         return "prefix_hit_wrong", f"positions {wrong[0]} to {wrong[-1]}, taken from the cache, belong to other tokens"
-    if case.suspect.on.path == "preempted":
+    restarts = [start for start, _ in case.suspect.on.chunks[1:] if start == 0]
+    if case.suspect.on.path == "preempted" and not restarts:
         return "preemption_state_lost", f"positions {wrong[0]} to {wrong[-1]} are not what this request had computed"
     for shift in (-1, 1):
         inner = [i for i in wrong if 0 <= i + shift < count]

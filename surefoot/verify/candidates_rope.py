@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from surefoot.layers.rotary import RopeConfig, inverse_frequencies
 from surefoot.verify.candidates import Candidate, Case, Variant
-from surefoot.verify.replay import Replay
 
 
-def rope_config(replay: Replay) -> RopeConfig:
-    config = replay.model.config.get_text_config()
+def rope_config(model: Any) -> RopeConfig:
+    """Of a transformers model."""
+    config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return RopeConfig.from_hf(config.to_dict(), head_dim, config.max_position_embeddings)
 
@@ -65,7 +66,7 @@ ROPE_SENTENCES = {
 
 def _rope(name: str) -> Callable[[Case], Iterator[Variant]]:
     def variants(case: Case) -> Iterator[Variant]:
-        for found, label, angle in rope_mistakes(rope_config(case.replay), case.replay.num_tokens):
+        for found, label, angle in rope_mistakes(rope_config(case.replay.model), case.replay.num_tokens):
             if found == name and angle.shape[-1] == case.suspect.got.shape[-1]:
                 yield label, angle.cos()
 

@@ -17,10 +17,11 @@ from surefoot.backends.base import Backend
 from surefoot.backends.native import NativeBackend
 from surefoot.verify import cacheprobe, candidates, candidates_attention, candidates_delta, candidates_rope
 from surefoot.verify.candidates import Candidate, Case
+from surefoot.verify.exact_causes import exact_cause
 from surefoot.verify.localise import Search, distance, judge, search
 from surefoot.verify.pathcapture import captures, plain
 from surefoot.verify.replay import LAYER, perturbed, roundings, row_norm, unit_roundoff
-from surefoot.verify.shapes import Cause, Localisation, VerifySettings
+from surefoot.verify.shapes import Cause, Finding, Localisation, VerifySettings
 
 # What was read from a cache must explain the error at least but for this part of it.
 EXPLAINED = 0.05
@@ -53,14 +54,22 @@ CANDIDATES: dict[str, list[Candidate]] = {
 
 
 def find(
-    reference: Backend, target: Backend, token_ids: Sequence[int], settings: VerifySettings
+    reference: Backend,
+    target: Backend,
+    token_ids: Sequence[int],
+    settings: VerifySettings,
+    finding: Finding | None = None,
 ) -> tuple[Localisation | None, Cause | None]:
-    """`localise` and `name_cause` in one search."""
+    """`localise` and `name_cause` in one search.
+
+    finding: the check that failed. What an exact check has seen holds even where its effect drowns in the noise.
+    """
     found = search(reference, target, token_ids, settings)
-    if found is None:
-        return None, None
-    cause = explain(found, target, settings)
-    return found.localisation, cause
+    place, cause = (found.localisation, explain(found, target, settings)) if found else (None, None)
+    exact = exact_cause(finding, reference) if finding is not None else None
+    if exact is not None and (place is None or cause is None or place.module != exact[0]):
+        return Localisation(exact[0], None, 0.0, 0.0, place.table if place else []), exact[1]
+    return place, cause
 
 
 def name_cause(
@@ -84,13 +93,12 @@ def name_cause(
 @torch.inference_mode()
 def explain(found: Search, target: Backend, settings: VerifySettings) -> Cause | None:
     """The best explanation of one search; sets the localisation's op where the cause knows it."""
-    case = Case(found.suspect, found.replay, parameters(target))
+    case = Case(found.suspect, found.replay, parameters(target), found.dtype)
+    what, limit = kind(found.suspect.path, case.module), settings.noise_factor
     overflow = _overflow(found)
     if overflow is not None:
-        return overflow
-    what = kind(found.suspect.path, case.module)
+        return _from_cache(case, found, target, what, limit) or overflow
     ranked = _rank(case, CANDIDATES.get(what, ()))
-    limit = settings.noise_factor
     if ranked and ranked[0][0] <= limit:
         cause, op = _cause(ranked)
         found.localisation.op = found.localisation.op or op
@@ -141,7 +149,7 @@ def _unsettled(case: Case, candidate: Candidate, number: int, away: float) -> fl
     """
     if away <= 1 or away > 0.5 * case.suspect.excess or case.suspect.given is None or not case.x.is_floating_point():
         return away
-    step = roundings(case.suspect.path) * unit_roundoff(torch.float32)
+    step = unit_roundoff(case.dtype) * (roundings(case.suspect.path) if case.dtype == torch.float32 else 1.0)
     moved = replace(case.suspect, given=perturbed(case.x, step, torch.Generator().manual_seed(1)))
     outputs = [o for _, o in candidate.variants(case)], [o for _, o in candidate.variants(replace(case, suspect=moved))]
     noise = row_norm(outputs[0][number] - outputs[1][number])
@@ -186,14 +194,14 @@ def _from_cache(case: Case, found: Search, target: Backend, what: str, limit: fl
     again = judge(found.replay, case.suspect.path, held.on, found.dtype) if held.on else None
     if again is None:
         return None
-    case = Case(again, case.replay, case.weights)
+    case = replace(case, suspect=again)
     wrong = kit.what_is_wrong(case, held)
     if wrong is None:
         return None
     compute = candidates_attention.with_cache if what == "self_attn" else candidates_delta.with_states
     away = apart(case, compute(case, held))
-    proven = wrong[0] == "state_slot_shared"  # no arithmetic is needed to see that
-    if away > limit and away > EXPLAINED * case.suspect.excess and not proven:
+    seen = wrong[0] in ("state_slot_shared", "stale_state")  # no arithmetic is needed to see that
+    if not seen and not (away <= limit or away <= EXPLAINED * case.suspect.excess < math.inf):
         return None
     op = "kv_write" if what == "self_attn" else "gated_delta_chunk"
     found.localisation.op = found.localisation.op or op

@@ -134,13 +134,15 @@ class DrillResult:
 
 
 def fault_cases(models: Sequence[Specimen], configs: dict[str, Any]) -> Iterator[Case]:
-    """Every fault in every model that can have it."""
+    """Every fault in every model that can have it, in fp32; in the canaries in bf16 as well, if it shows there."""
     for fault in catalogue().values():
         for specimen in models[:FAULTED]:
             possible = set(fault.models) & set(specimen.answers_to) and fault.needs(configs[specimen.name])
             asks_text = fault.where == "tokens"
             if possible and (specimen.kind == "canary" or not asks_text):
                 yield Case(specimen, fault.dtype, fault)
+                if specimen.kind == "canary" and not fault.subtle and fault.dtype == "float32":
+                    yield Case(specimen, "bfloat16", fault)
 
 
 def a_sample(cases: Iterable[Case], per_class: int = 2) -> list[Case]:
@@ -220,7 +222,7 @@ class Range:
             place.get("module"),
             place.get("op"),
             cause.get("name"),
-            cause.get("sentence", ""),
+            cause.get("sentence", "") or "; ".join(data.get("notes", [])),
             cause.get("distance"),
             time.monotonic() - began,
         )

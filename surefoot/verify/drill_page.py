@@ -67,7 +67,8 @@ def _row(outcome: Outcome) -> str:
     marks = ("" if outcome.right_module else " ✗", "" if outcome.right_cause else " ✗")
     check = outcome.check if outcome.detected else f"**{outcome.verdict}**"
     said = f"{outcome.cause or '–'}{marks[1]}: {outcome.sentence}" if outcome.cause else f"–{marks[1]}"
-    cells = [fault.id, f"{outcome.case.specimen.name}", check, module + marks[0], outcome.op or "–", said]
+    where = f"{outcome.case.specimen.name}, {outcome.case.dtype}"
+    cells = [fault.id, where, check, module + marks[0], outcome.op or "–", said]
     return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
 
 

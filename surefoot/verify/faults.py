@@ -43,8 +43,9 @@ class Fault:
     id: name in the catalogue.  cause: class 1 to 14.  where: regex that the named module must match, or the check
     ("tokens", "sampler").  names: causes that count as right.  apply(target, scale): plants it within a `with` block;
     scale makes it smaller or larger where that has a meaning.  models: families that it can be planted in ("llama",
-    "qwen3.5").  path: the first path of the engine that shows it.  dtype: target dtype that it needs.  needs(config):
-    whether an HF config has what the fault breaks.
+    "qwen3.5").  path: the first path of the engine that shows it.  dtype: target dtype that it needs.
+    subtle: smaller than the noise of 16 bits, and no exact check sees it.  needs(config): whether an HF config has what
+    the fault breaks.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Fault:
     path: str = "whole"
     dtype: str = "float32"
     scales: bool = False
+    subtle: bool = False
     needs: Callable[[Any], bool] = lambda config: True
 
 

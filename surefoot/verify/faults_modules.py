@@ -195,6 +195,7 @@ def _scaled(config: Any) -> bool:
     return config.rope_parameters.get("rope_type") == "llama3"
 
 
+NORM = r"model\.layers\.1\.input_layernorm"
 ROPE = r"model\.rotary_emb"
 FAULTS = [
     Fault(
@@ -211,9 +212,16 @@ FAULTS = [
     Fault("rope_partial_ignored", 2, r"model\.rotary_emb", ("rope_partial_ignored",), _table(_full_head), QWEN),
     Fault("rope_layout", 2, ATTENTION, ("rope_layout",), _all_rotary(_interleaved)),
     Fault("rope_backwards", 2, ATTENTION, ("rope_backwards",), _all_rotary(lambda r, q, k, c, s: r(q, k, c, -s))),
-    Fault("norm_eps", 3, r"model\.layers\.1\.input_layernorm", ("norm_eps",), _eps, scales=True),
+    Fault("norm_eps", 3, NORM, ("norm_eps",), _eps, scales=True),
     Fault("norm_plus_one", 3, r"model\.layers\.1\.post_attention_layernorm", ("norm_plus_one",), _plain_norm, QWEN),
-    Fault("norm_low_precision", 3, r"model\.layers\.1\.input_layernorm", ("norm_low_precision",), _norm_statistics),
+    Fault(
+        "norm_low_precision",
+        3,
+        r"model\.layers\.1\.input_layernorm",
+        ("norm_low_precision",),
+        _norm_statistics,
+        subtle=True,
+    ),
     Fault("residual_dropped", 3, r"model\.layers\.1\.post_attention_layernorm", ("residual_dropped",), _lost_residual),
     Fault("mask_dropped", 4, ATTENTION, ("mask_dropped",), _attention(allow=lambda i, j: j >= 0 * i)),
     Fault("mask_off_by_one", 4, ATTENTION, ("mask_off_by_one",), _attention(allow=lambda i, j: j <= i + 1)),

@@ -214,8 +214,8 @@ FAULTS = [
     Fault("weight_swapped", 9, r"model\.layers\.1\.mlp\.down_proj", ("weight_swapped",), _other_layer),
     Fault("gate_up_swapped", 9, r"model\.layers\.1\.mlp.*", ("weight_swapped", "gate_up_swapped"), _swap),
     Fault("embedding_untied", 9, r"lm_head", ("embedding_untied",), _untied, needs=lambda c: c.tie_word_embeddings),
-    Fault("state_bf16", 13, DELTA, ("state_precision",), _low_state(torch.bfloat16), QWEN),
-    Fault("state_fp16", 13, DELTA, ("state_precision",), _low_state(torch.float16), QWEN),
+    Fault("state_bf16", 13, DELTA, ("state_precision",), _low_state(torch.bfloat16), QWEN, subtle=True),
+    Fault("state_fp16", 13, DELTA, ("state_precision",), _low_state(torch.float16), QWEN, subtle=True),
     Fault("conv_shifted", 13, DELTA, ("conv_shifted",), _delta_op("causal_conv", _late_inputs), QWEN),
     Fault("decay_wrong", 13, DELTA, ("decay_wrong",), _delta_op("delta_gates", _no_dt_bias), QWEN),
     Fault("beta_wrong", 13, DELTA, ("beta_wrong",), _delta_op("delta_gates", _beta_one), QWEN),
@@ -231,5 +231,6 @@ FAULTS = [
         r"model\.layers\.1\.mlp\..*_proj",
         ("kernel",),
         _kernel("mlp", "linear", _half_accumulate),
+        subtle=True,
     ),
 ]

@@ -22,6 +22,7 @@ from surefoot.verify.shapes import Localisation, VerifySettings
 
 # Positions times frequencies: an fp32 angle of several thousand radians is off by this many of its own roundings.
 ANGLE_ROUNDINGS = 2.0
+NOT_FINITE = 1e30  # stands for infinity in tables
 
 
 @dataclass
@@ -51,9 +52,16 @@ class Suspect:
 
 
 def distance(got: torch.Tensor, wanted: torch.Tensor, noise: torch.Tensor) -> float:
-    """Largest per-token difference of two outputs in units of the noise."""
-    ratio = row_norm(got.float() - wanted.float()) / noise
-    return math.inf if not bool(torch.isfinite(ratio).all()) else float(ratio.max())
+    """Largest per-token difference of two outputs in units of the noise; infinite if only one of them is finite.
+
+    A token whose right output is not finite has inherited that: it counts only where the target's is finite.
+    """
+    got, wanted = got.float().reshape(len(noise), -1), wanted.float().reshape(len(noise), -1)
+    if not torch.equal(torch.isfinite(got), torch.isfinite(wanted)):
+        return math.inf
+    sound = torch.isfinite(wanted).all(-1)
+    ratio = (got[sound] - wanted[sound]).norm(dim=-1) / noise[sound]
+    return float(ratio.max()) if len(ratio) else 0.0
 
 
 def dtype_of(target: Backend) -> torch.dtype:
@@ -151,10 +159,10 @@ def table(found: Sequence[Suspect], replay: Replay, factor: float) -> list[dict[
     return rows
 
 
-def _number(value: torch.Tensor | float) -> float | str:
+def _number(value: torch.Tensor | float) -> float:
     """JSON has no infinity."""
     number = float(value)
-    return number if math.isfinite(number) else str(number)
+    return number if math.isfinite(number) else NOT_FINITE
 
 
 @dataclass

@@ -27,6 +27,7 @@ from surefoot.core.sampling import SamplingParams
 from surefoot.verify.calibrate import VARIANTS
 from surefoot.verify.comparison import Comparison, Kept, difference, spread
 from surefoot.verify.enginepaths import beside, chunks, drain, scarce, uncached, until_missed
+from surefoot.verify.pathcapture import poison
 from surefoot.verify.shapes import Finding, Progress, VerifySettings
 
 BOUNDARIES = (1, 2, 7, 8, 9, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 512, 513, 2047, 2048, 2049)
@@ -66,6 +67,7 @@ def path_parity(
     for i, (name, check) in enumerate(checks.items()):
         if progress is not None:
             progress(f"paths: {name}", i / len(checks))
+        poison(backend.engine, len(probe.text))
         found += _guarded(name, check, backend)
     graph = Finding("parity", "not_possible", "graph = eager: this engine runs eagerly", {"path": "graph = eager"})
     return [*found, graph]

@@ -18,6 +18,7 @@ from torch import nn
 
 from surefoot.backends.base import Backend, Capture
 from surefoot.backends.native import NativeBackend
+from surefoot.core.batch import KVPages
 from surefoot.core.sampling import SamplingParams
 from surefoot.engine.engine import Engine
 from surefoot.engine.scheduler import Schedule
@@ -238,6 +239,23 @@ def _run_on(engine: Engine, rows: _Rows, ids: Sequence[int]) -> _Rows:
     return rows
 
 
+@torch.inference_mode()
+def poison(engine: Engine, num_tokens: int) -> None:
+    """Fill the pages that come next with noise, so that what is read without having been written shows.
+
+    NOTE: without this, a page that is not written may still hold the right keys from the same tokens a run before.
+    Finite noise: a kernel may read what it then masks.
+    """
+    pool = engine.scheduler.block_pool
+    blocks = pool.allocate(min(pool.num_free, 4 * pool.pages(num_tokens) + 8)) or []
+    generator = torch.Generator().manual_seed(0)
+    for layer in engine.runner.layers:
+        for pages in (layer.k, layer.v) if isinstance(layer, KVPages) else ():
+            noise = torch.randn(len(blocks), *pages.shape[1:], generator=generator)
+            pages[blocks] = noise.to(device=pages.device, dtype=pages.dtype)
+    pool.free(blocks)
+
+
 PATHS: dict[str, Callable[..., PathCapture | None]] = {
     "whole": whole,
     "decode": decode,
@@ -259,6 +277,7 @@ def captures(target: Backend, ids: Sequence[int], only: Sequence[str] | None = N
         return
     for name, take in PATHS.items():
         if only is None or name in only:
+            poison(target.engine, len(ids))
             found = take(target.engine, ids)
             if found is not None:
                 found.token_ids = found.token_ids or list(ids)

@@ -179,13 +179,14 @@ class Session:
     def explain(self, failed: Finding) -> tuple[Localisation | None, Cause | None]:
         """Which module, and what is wrong with it. The verdict stands without; a failure here becomes a note."""
         try:
-            return self.stage("cause", lambda: self._explain(failed.check))
+            return self.stage("cause", lambda: self._explain(failed))
         except Exception as error:
             line = " ".join(str(error).split())[:200]
             self.notes.append(f"the module at fault could not be sought: {type(error).__name__}: {line}")
             return None, None
 
-    def _explain(self, check: str) -> tuple[Localisation | None, Cause | None]:
+    def _explain(self, failed: Finding) -> tuple[Localisation | None, Cause | None]:
+        check = failed.check
         if check in ("template", "tokens", "sampler"):
             from surefoot.verify.prompt_causes import outside_cause
 
@@ -196,7 +197,8 @@ class Session:
         from surefoot.verify.causes import find
 
         self.tick("looking for the module and the cause")
-        return find(self.reference, self.target, self.asked.sequences[-1][:LAYER_TOKENS], self.settings)
+        ids = self.asked.sequences[-1][:LAYER_TOKENS]
+        return find(self.reference, self.target, ids, self.settings, failed)
 
     def _keep(self) -> None:
         if self.partial is not None:

@@ -1,8 +1,8 @@
 """Models to drill on: the canaries, and tiny random ones of both families, awkward on purpose, in HF format.
 
 Random ones are made by transformers with norms, biases and decays random too, so that none of them is the identity that
-would hide a fault. "massive": one channel of the residual stream is about 3000, as in real models of some size.
-"overflow": activations that fp16 cannot hold.
+would hide a fault. "massive": at one token of seven a channel of the residual stream is 3000 and the others are loud,
+as at the sink tokens of real models. "overflow": activations that fp16 cannot hold.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ QWEN: dict[str, Any] = {
     },
 }
 NOBODY = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-MASSIVE_CHANNEL, MASSIVE, OVERFLOWING = 7, 3000.0, 300.0
+MASSIVE_EVERY, MASSIVE_CHANNEL, MASSIVE, OVERFLOWING = 7, 7, 3000.0, 300.0
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,13 @@ def canaries() -> list[Specimen]:
 def random(folder: Path, family: str, seed: int, kind: str = "random", **changes: Any) -> Specimen:
     """Make a tiny model and write it to a folder of its own inside `folder`."""
     name = f"{family}-{kind}-{seed}"
-    model = _build(family, seed, changes)
+    untied = {"tie_word_embeddings": False} if kind == "massive" else {}
+    model = _build(family, seed, untied | changes)
     with torch.no_grad():
         if kind == "massive":
-            model.model.embed_tokens.weight[:, MASSIVE_CHANNEL] = MASSIVE
+            loud = model.model.embed_tokens.weight[::MASSIVE_EVERY]
+            loud *= MASSIVE / 30
+            loud[:, MASSIVE_CHANNEL] = MASSIVE
         if kind == "overflow":
             for layer in model.model.layers:
                 layer.mlp.up_proj.weight *= OVERFLOWING
