@@ -1,6 +1,7 @@
 # make demo    a virtual environment, the package, and two small models answering: start here
 # make test    the same environment plus developer tools: lint, types, all tests
 # make lint    ruff and mypy only          make tree    refresh the file trees in the READMEs
+# make drill   plant every fault, run everything sound, and write what the proof said of it to docs/drill.md
 # make clean   remove the environment and everything built
 #
 # PYTHON  which Python makes the environment (3.10 or newer)
@@ -17,7 +18,7 @@ INSTALLED := $(VENV)/.surefoot-installed
 DEVELOPER := $(VENV)/.surefoot-dev
 BUILD_FILES := pyproject.toml setup.py $(wildcard surefoot/ops/cpu/csrc/*)
 
-.PHONY: help demo test bench-peers lint tree clean install dev
+.PHONY: help demo test bench-peers lint tree clean install dev drill
 
 help:
 	@sed -n '1,/^PYTHON/{/^#/p}' Makefile | sed 's/^# \{0,1\}//'
@@ -40,6 +41,9 @@ bench-peers: $(INSTALLED)
 
 tree:
 	$(PYTHON) tools/readme_tree.py
+
+drill: $(INSTALLED)
+	$(BIN)/python -m surefoot.verify.drill -o docs/drill.md
 
 install: $(INSTALLED)
 

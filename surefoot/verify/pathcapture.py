@@ -19,6 +19,7 @@ from torch import nn
 from surefoot.backends.base import Backend, Capture
 from surefoot.backends.native import NativeBackend
 from surefoot.core.batch import KVPages
+from surefoot.core.errors import InputError
 from surefoot.core.sampling import SamplingParams
 from surefoot.engine.engine import Engine
 from surefoot.engine.scheduler import Schedule
@@ -219,7 +220,7 @@ def prefix_hit(engine: Engine, ids: Sequence[int], pattern: str = MODULES) -> Pa
     for _ in range(min(8, len(ids))):
         turned = [*turned[1:], turned[0]]
         rows = _run_on(engine, _Rows(engine, len(ids), pattern), turned)
-        if rows.chunks[0][0] == 0:
+        if rows.chunks and rows.chunks[0][0] == 0:
             break
     else:  # everything is cached, or said to be: the rows before the hit come from a run that looks nothing up
         rows.capture = whole(engine, turned, pattern).capture
@@ -275,6 +276,8 @@ def captures(target: Backend, ids: Sequence[int], only: Sequence[str] | None = N
             store.update({plain(name): value for name, value in store.items()})
         yield PathCapture("whole", given, token_ids=list(ids))
         return
+    if target.engine.has_unfinished():
+        raise InputError("the paths of an engine can be looked at only while it is idle: finish its requests first")
     for name, take in PATHS.items():
         if only is None or name in only:
             poison(target.engine, len(ids))
