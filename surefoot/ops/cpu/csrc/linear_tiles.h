@@ -82,8 +82,8 @@ template <int R, class V> static SF_INLINE bool suspend(const V acc[R][4], const
   return true;
 }
 
-// Channels that R tokens take at once.
-template <int R> constexpr int COLUMNS = R == 1 ? 1 : 4;
+// Channels that R tokens take at once. One stream is best for memory if its one chain of sums keeps up.
+template <class Tile, int R> constexpr int COLUMNS = R == 1 && Tile::ONE_STREAM ? 1 : 4;
 
 // acc[.][c ...] += products of C channels: accumulators are taken out, so that they stay in registers.
 template <int R, int C, class V, class Body> static SF_INLINE void columns(V acc[R][4], const Body& body) {
@@ -129,7 +129,7 @@ struct Bf16Tile {  // bf16 weights and activations as they are
 
 template <class Kind, class W> struct DenseTile {
   static constexpr int ROWS_MAX = ROWS;
-  static constexpr bool ONE_STREAM = true;
+  static constexpr bool ONE_STREAM = Kind::STEP * sizeof(W) >= 32;  // bytes per step of the chain
   typedef typename Kind::X X;
 
   template <int R> static bool run(const Tiles& t, long n, long m0, const Range& range, Float4 out[]) {
@@ -138,7 +138,7 @@ template <class Kind, class W> struct DenseTile {
     const X* x = static_cast<const X*>(t.x) + m0 * t.ldx;
     F acc[R][4];
     resume<R>(acc, range, f_zero);
-    constexpr int C = COLUMNS<R>;
+    constexpr int C = COLUMNS<DenseTile, R>;
     columns<R, C>(acc, [&](F part[R][C], int c) SF_INLINE_LAMBDA {
       rows.template walk<C>(c, range.k0, range.k1, [&](const W* const w[C], long k) SF_INLINE_LAMBDA {
         Kind::template step<R, C>(part, w, x + k, t.ldx);
@@ -176,7 +176,7 @@ struct Int8Tile {  // int8 weights, int8 activations: exact integers, scaled onc
     const A8* x = static_cast<const A8*>(t.x) + m0 * t.ldx;
     I acc[R][4];
     resume<R>(acc, range, i_zero);
-    constexpr int C = COLUMNS<R>;
+    constexpr int C = COLUMNS<Int8Tile, R>;
     columns<R, C>(acc, [&](I part[R][C], int c) SF_INLINE_LAMBDA {
       rows.walk<C>(c, range.k0, range.k1, [&](const int8_t* const w[C], long k) SF_INLINE_LAMBDA {
         step<R, C>(part, w, x + k, t.ldx);
@@ -211,7 +211,7 @@ struct Int8WideTile {  // int8 weights, int16 activations: exact integers within
     const int16_t* x = static_cast<const int16_t*>(t.x) + m0 * t.ldx;
     F total[R][4];
     resume<R>(total, range, f_zero);
-    constexpr int C = COLUMNS<R>;
+    constexpr int C = COLUMNS<Int8WideTile, R>;
     columns<R, C>(total, [&](F part[R][C], int c) SF_INLINE_LAMBDA {
       for (long b = range.k0 / BLOCK; b * BLOCK < range.k1; ++b) {
         I acc[R][C];
