@@ -235,11 +235,21 @@ def test_without_logprobs_nothing_is_proven_and_the_line_says_so(url, reference,
 
 
 def test_without_logprobs_another_answer_is_still_refuted(url, engine, reference, settings):
-    layer = engine.model.model.layers[1].input_layernorm
-    with proxied(url, Rules(silently_deaf)) as less, changed(layer, "scale", -layer.scale):
+    layer = engine.model.model.layers[0].input_layernorm
+    with proxied(url, Rules(silently_deaf)) as less, changed(layer, "scale", layer.scale * 0.3):
         _, found, by_check = examine(reference, less, settings)
     assert verdict(found) == "refuted"
     assert "the reference would not give" in by_check["logits"].summary
+
+
+def test_the_right_text_proves_nothing(url, engine, reference, settings):
+    """Logits off by 7, and the same answers: only log-probabilities tell."""
+    layer = engine.model.model.layers[1].input_layernorm
+    with changed(layer, "scale", -layer.scale):
+        with proxied(url, Rules(silently_deaf)) as less:
+            _, unseen, _ = examine(reference, less, replace(settings, skip_parity=True))
+        _, seen, _ = examine(reference, url, settings)
+    assert (verdict(unseen), verdict(seen)) == ("undecided", "refuted")
 
 
 def test_another_template_is_found_by_its_tokens(url, reference, settings):

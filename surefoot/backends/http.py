@@ -24,8 +24,8 @@ from surefoot.core.errors import InputError, SurefootError
 from surefoot.core.outputs import Completion, TokenLogprob
 from surefoot.core.sampling import SamplingParams
 
-TRIES = 4  # of a request that the server is too busy for
-PAUSE = 0.5  # seconds before the second try, doubled each time
+TRIES = 4  # of a request that the server is too busy for, or whose connection it drops
+PAUSE = 0.25  # seconds before the second try, doubled each time
 # Ways to ask for log-probabilities, richest first. A server refuses what it does not know, or leaves it out silently.
 AS_IDS = {"return_tokens_as_token_ids": True}
 PROMPT_DIALECTS: tuple[dict[str, Any], ...] = (
@@ -133,7 +133,7 @@ class HttpBackend:
             raise InputError(f"--url {url!r} is no URL: give something like http://localhost:8000")
         self.vocab_size, self.names = vocab_size, names or TokenNames(None)
         self.eos_token_ids: frozenset[int] = frozenset()
-        self.concurrency, self.refusal = concurrency, ""
+        self.concurrency, self.refusal, self._reached = concurrency, "", False
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         self._client = httpx.Client(
@@ -312,16 +312,21 @@ class HttpBackend:
         import httpx
 
         for attempt in range(TRIES):
+            last = attempt == TRIES - 1
             try:
                 response = self._client.request(method, path, json=body)
             except httpx.ConnectError:
-                raise UnreachableError(f"cannot reach {self.url}: is the server running there?") from None
+                if last or not self._reached:
+                    raise UnreachableError(f"cannot reach {self.url}: is the server running there?") from None
             except httpx.TimeoutException:
                 raise EndpointError(f"{self.url} did not answer in time ({path})") from None
-            except httpx.HTTPError as error:
-                raise EndpointError(f"{self.url} broke the connection ({type(error).__name__}, {path})") from None
-            if response.status_code not in (429, 503) or attempt == TRIES - 1:
-                break
+            except httpx.HTTPError as error:  # servers with a short queue drop connections when many come at once
+                if last:
+                    raise EndpointError(f"{self.url} broke the connection ({type(error).__name__}, {path})") from None
+            else:
+                self._reached = True
+                if last or response.status_code not in (429, 503):
+                    break
             time.sleep(PAUSE * 2**attempt)
         return self._checked(response.status_code, response.content, path)
 
