@@ -35,17 +35,6 @@ def decide(evidence: Evidence) -> tuple[Verdict, list[Finding]]:
     return "proven", findings
 
 
-def _of_server(found: Finding) -> Finding:
-    """A finding on a server; where its raw numbers are there, they decide."""
-    facts = {k: v for k, v in found.details.items() if k not in ("raw", "sequences")}
-    raw = found.details.get("raw")
-    if raw is None:
-        return Finding(found.check, found.status, found.summary, facts)
-    (again,) = examine(found.check, {found.check: raw})
-    source = facts.get("source")
-    return Finding(found.check, again.status, again.summary + (f" ({source})" if source else ""), facts | again.details)
-
-
 def examine(check: str, evidence: Evidence, stopped: bool = False) -> list[Finding]:
     """Findings of one check; usually one, several for parity."""
     given = evidence.get(check)
