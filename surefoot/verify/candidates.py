@@ -241,8 +241,10 @@ def _clamped(case: Case) -> Iterator[Variant]:
 def _all_reduce(case: Case) -> Iterator[Variant]:
     if case.suspect.path.endswith(("o_proj", "out_proj", "down_proj")):
         for count in (2, 4, 8):
-            bias = 0 if _bias(case) is None else _bias(case).float()  # type: ignore[union-attr]
+            given = _bias(case)
+            bias = torch.zeros(()) if given is None else given.float()
             yield f"the sum is taken {count} times", case.suspect.right * count - (count - 1) * bias
+            yield f"the sum is taken {count} times, bias included", case.suspect.right * count
             width = case.x.shape[-1] // count
             for rank in range(count if case.x.shape[-1] % count == 0 else 0):
                 part = slice(rank * width, (rank + 1) * width)

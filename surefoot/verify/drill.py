@@ -90,10 +90,11 @@ class Outcome:
 
 @dataclass
 class DrillResult:
-    """Outcomes of the planted faults and of the sound runs."""
+    """Outcomes of the planted faults and of the sound runs. smallest: by "model, dtype", see `sensitivity`."""
 
     outcomes: list[Outcome]
     seconds: float = 0.0
+    smallest: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @property
     def planted(self) -> list[Outcome]:
@@ -227,6 +228,13 @@ class Range:
             time.monotonic() - began,
         )
 
+    def smallest_faults(self, specimen: Specimen, dtype: str) -> list[dict[str, Any]]:
+        """What a proof of this model in this dtype would just have caught."""
+        settings = VerifySettings(specimen.model_ref, dtype=dtype, skip_parity=True, measure_sensitivity=True)
+        target = NativeBackend(specimen.model_ref, settings.target_config(max_model_len=512, kv_cache_tokens=8192))
+        with specimens.quiet():
+            return verify(self.reference(specimen), target, settings).data["sensitivity"]["faults"]
+
 
 def run(progress: Progress | None = None, sample: bool = False) -> DrillResult:
     """All cases, or a sample: two faults of every class, and every dtype without a fault."""
@@ -243,7 +251,9 @@ def run(progress: Progress | None = None, sample: bool = False) -> DrillResult:
             if progress is not None:
                 progress(f"{case.fault.id if case.fault else 'sound'}: {case.name}", i / len(cases))
             outcomes.append(gallery.shoot(case))
-    return DrillResult(outcomes, time.monotonic() - began)
+        measured = [] if sample else [(m, d) for m in models if m.kind == "canary" for d in ("float32", "bfloat16")]
+        smallest = {f"{m.name}, {dtype}": gallery.smallest_faults(m, dtype) for m, dtype in measured}
+    return DrillResult(outcomes, time.monotonic() - began, smallest)
 
 
 def main() -> int:

@@ -238,6 +238,7 @@ FAULTS = [
         ("gqa_mapping",),
         _attention(share=lambda x, h: x.repeat(1, h // x.shape[1], 1)),
         LLAMA,
+        needs=lambda c: 1 < c.num_key_value_heads < c.num_attention_heads,
     ),
     Fault("all_reduce_double", 7, ATTENTION + r"\.o_proj", ("all_reduce",), _double_sum),
     Fault("all_reduce_missing", 7, r"model\.layers\.1\.mlp\.down_proj", ("all_reduce",), _half_sum),

@@ -178,7 +178,7 @@ def _nan(target: NativeBackend, scale: float):
 
 
 def _grouped(config: Any) -> bool:
-    return config.linear_num_key_heads < config.linear_num_value_heads
+    return 1 < config.linear_num_key_heads < config.linear_num_value_heads
 
 
 FAULTS = [
