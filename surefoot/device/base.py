@@ -7,10 +7,12 @@ library gets one clear line instead of an ImportError.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from surefoot.core.errors import DeviceError
 from surefoot.device.chips import Capabilities
+from surefoot.device.graphs import Graph
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +80,18 @@ class Device:
     def timer(self) -> Timer:
         """A context manager that times the work given to the device within it."""
         return Timer()
+
+    def no_graphs(self) -> str | None:
+        """Why this device cannot capture graphs; None if it can."""
+        return None if self.capabilities.graph else f"{self} has no graphs"
+
+    def graph_pool(self) -> Any:
+        """Memory that several graphs share for what they need only while they run; None where there is none."""
+        return None
+
+    def capture(self, fn: Callable[[], Any], pool: Any = None) -> Graph:
+        """Run `fn` once to warm up, then record its device calls into a graph."""
+        raise DeviceError(f"{self.no_graphs()}: use --graph off")
 
     def supports(self, dtype: torch.dtype) -> bool:
         return _short(dtype) in self.capabilities.dtypes

@@ -23,6 +23,7 @@ class Capabilities:
     dtypes: model dtypes it computes in.
     block_size: default tokens per KV page.  block_alignment: a page size must be a multiple of this.
     graph: kind of captured graph ("cuda", "npu"), None where steps always run eagerly.
+    graph_streams: most streams that captured graphs may hold together, None for no such limit.
     peak_flops: dense peak by dtype name.  memory_bandwidth: bytes/s.  source: where those two come from.
     """
 
@@ -30,6 +31,7 @@ class Capabilities:
     block_size: int = 16
     block_alignment: int = 1
     graph: str | None = None
+    graph_streams: int | None = None
     peak_flops: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     memory_bandwidth: float | None = None
     source: str | None = None

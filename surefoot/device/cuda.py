@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from surefoot.core.errors import DeviceError
 from surefoot.device.base import Device, Timer
 from surefoot.device.chips import ALL_DTYPES, NO_BF16, Capabilities, find
+from surefoot.device.graphs import Graph, capturing
 
 
 def count() -> int:
@@ -44,6 +48,25 @@ class CudaTimer(Timer):
         return self._begin_event.elapsed_time(self._end_event) / 1000
 
 
+class CudaGraph(Graph):
+    """torch.cuda.CUDAGraph, captured on a side stream after one run to warm up (libraries allocate and tune then)."""
+
+    def __init__(self, fn: Callable[[], Any], pool: Any) -> None:
+        import torch
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            fn()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with capturing(self), torch.cuda.graph(self._graph, pool=pool):
+            self.output = fn()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
 class CudaDevice(Device):
     type = "cuda"
 
@@ -63,6 +86,7 @@ class CudaDevice(Device):
             peak_flops=chip.peak_flops if chip else {},
             memory_bandwidth=chip.memory_bandwidth if chip else None,
             source=chip.source if chip else None,
+            graph="cuda",
         )
 
     def name(self) -> str:
@@ -96,3 +120,14 @@ class CudaDevice(Device):
 
     def timer(self) -> Timer:
         return CudaTimer()
+
+    def graph_pool(self) -> Any:
+        import torch
+
+        return torch.cuda.graph_pool_handle()
+
+    def capture(self, fn: Callable[[], Any], pool: Any = None) -> Graph:
+        import torch
+
+        with torch.cuda.device(self.index):
+            return CudaGraph(fn, pool)

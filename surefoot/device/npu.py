@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 from surefoot.core.errors import DeviceError
 from surefoot.device.base import Device, Timer
 from surefoot.device.chips import ALL_DTYPES, NO_BF16, Capabilities, find
+from surefoot.device.graphs import Graph
+from surefoot.device.npu_graphs import NEEDED, STREAMS, NpuGraph, takes_graphs
 
 # The fused attention kernels take KV pages of 128..512 tokens, a multiple of 128 (op-plugin, FusedInferAttentionScore).
 PAGE = 128
@@ -102,10 +105,11 @@ class NpuDevice(Device):
 
     def _capabilities(self) -> Capabilities:
         chip = find("npu", self.name(), self.soc)
+        graph, streams = ("npu", STREAMS) if takes_graphs(self.soc) else (None, None)
         if chip is None:
             self.notes.append(f"chip {self.name()} (SoC {self.soc}) is not in the table: its peaks are unknown")
             dtypes = ALL_DTYPES if self._npu.is_bf16_supported() else NO_BF16
-            return Capabilities(dtypes, block_size=PAGE, block_alignment=PAGE)
+            return Capabilities(dtypes, block_size=PAGE, block_alignment=PAGE, graph=graph, graph_streams=streams)
         return Capabilities(
             dtypes=chip.dtypes,
             block_size=PAGE,
@@ -113,6 +117,8 @@ class NpuDevice(Device):
             peak_flops=chip.peak_flops,
             memory_bandwidth=chip.memory_bandwidth,
             source=chip.source,
+            graph=graph,
+            graph_streams=streams,
         )
 
     def name(self) -> str:
@@ -136,3 +142,18 @@ class NpuDevice(Device):
 
     def timer(self) -> Timer:
         return NpuTimer()
+
+    def no_graphs(self) -> str | None:
+        if os.environ.get("ASCEND_LAUNCH_BLOCKING") == "1":
+            return "ASCEND_LAUNCH_BLOCKING=1 and graphs exclude each other"
+        if not takes_graphs(self.soc):
+            return f"{self.name()} (SoC {self.soc}) is none of the chips that torch_npu lists for graphs (A2, A3)"
+        if missing := [name for name in NEEDED if not hasattr(self._npu, name)]:
+            return f"this torch_npu has no torch.npu.{missing[0]}: update it"
+        return None
+
+    def graph_pool(self) -> Any:
+        return self._npu.graph_pool_handle()
+
+    def capture(self, fn: Callable[[], Any], pool: Any = None) -> Graph:
+        return NpuGraph(self._npu, fn, pool)
