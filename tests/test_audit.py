@@ -141,9 +141,6 @@ def consistent(draw) -> dict:
     return {"chip": chip, "models": {"x": model}, "rows": rows}
 
 
-@pytest.mark.xfail(
-    reason="a page that leaves out its prefill can be called suspicious: known defect of the audit", strict=False
-)
 @settings(max_examples=300, deadline=None)
 @given(consistent())
 def test_a_consistent_page_raises_nothing(page):
@@ -215,8 +212,13 @@ def test_suspicious_rows():
     assert serious(ONE | {"rows": rows}) == []
     cards = [{"batch": 8, "devices": 1, "tokens_per_s": 10}, {"batch": 8, "devices": 4, "tokens_per_s": 50}]
     assert serious({"rows": cards}) == [("suspicious", "speed-up")]
-    step = [{"batch": 1, "decode_step_s": 0.03, "output_tokens": 100, "seconds": 10, "tokens_per_s": 10}]
-    assert serious(ONE | {"rows": step}) == [("suspicious", "decode-step")]
+    step = {"batch": 1, "decode_step_s": 0.03, "output_tokens": 100, "seconds": 10, "tokens_per_s": 10}
+    for prefill in ({"prompt_tokens": 16}, {"prefill_s": 0.5}, {"ttft_s": 0.5, "prompt_tokens": 5000}):
+        assert serious(ONE | {"rows": [step | prefill]}) == [("suspicious", "decode-step")], prefill
+    for prefill in ({}, {"prompt_tokens": 200}, {"prefill_s": 6.5}):
+        assert serious(ONE | {"rows": [step | prefill]}) == [], f"{prefill}: the rest may be prefill"
+    elsewhere = {"batch": 1, "prompt_tokens": 4096, "decode_step_s": 0.5}
+    assert serious(ONE | {"rows": [step | {"prompt_tokens": 200}, elsewhere]}) == []
 
 
 def test_memory():

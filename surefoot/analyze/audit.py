@@ -94,6 +94,11 @@ def _group(row: Row) -> tuple:
     return row.model, row.dtype, row.batch, row.devices
 
 
+def _same_prompt(a: Row, b: Row) -> bool:
+    """Whether both may be about prompts of one length: a step over a longer cache takes longer."""
+    return None in (a.prompt_tokens, b.prompt_tokens) or a.prompt_tokens == b.prompt_tokens
+
+
 def decode_step(claims: Claims) -> Iterator[Finding]:
     """A stated decode step (or time per output token) against the throughput and the times at the same batch."""
     for row in claims.rows:
@@ -101,7 +106,7 @@ def decode_step(claims: Claims) -> Iterator[Finding]:
         if not step or not row.batch:
             continue
         rate = _over(row.batch, step)
-        same = [r for r in claims.rows if _group(r) == _group(row)]
+        same = [r for r in claims.rows if _group(r) == _group(row) and _same_prompt(r, row)]
         timed = sorted((r for r in same if r.seconds and r.output_tokens), key=lambda r: r.output_tokens or 0)
         slope = _slope(timed[0], timed[-1]) if len(timed) > 1 else None
         said = f"a decode step of {seconds(step.low)}"
@@ -133,15 +138,19 @@ def _slope(short: Row, long: Row) -> tuple[Range, str] | None:
 
 
 def _unexplained(row: Row, other: Row, step: Range) -> str | None:
-    """Most of a time that is neither decode steps nor the stated prefill."""
-    if not (other.seconds and other.output_tokens):
+    """Most of a time that is neither decode steps nor the prefill, which takes at most a step for each prompt token."""
+    if not (other.seconds and other.output_tokens and row.batch):
         return None
-    known = other.output_tokens * step.high + max(
-        (r.high for r in (row.prefill_s, row.ttft_s, other.prefill_s, other.ttft_s) if r), default=0.0
-    )
+    prefills = [r.high for r in (row.prefill_s, row.ttft_s, other.prefill_s, other.ttft_s) if r]
+    prompt = other.prompt_tokens or row.prompt_tokens
+    if not prefills and prompt is None:
+        return None  # a long prompt may have taken all of it
+    prefill = max(prefills) if prefills else row.batch * (prompt or 0) * step.high
+    known = other.output_tokens * step.high + prefill
     if known > 0.5 * other.seconds.low:
         return None
-    return f"{other.output_tokens} steps take {seconds(known)} of the stated {seconds(other.seconds.low)}"
+    parts = f"{other.output_tokens} steps and the prefill"
+    return f"{parts} take {'' if prefills else 'at most '}{seconds(known)} of the stated {seconds(other.seconds.low)}"
 
 
 def first_token(claims: Claims) -> Iterator[Finding]:
