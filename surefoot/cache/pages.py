@@ -28,28 +28,33 @@ def hash_block(parent: bytes | None, token_ids: Sequence[int], salt: bytes = b""
 
 
 class BlockPool:
-    """Blocks 1 .. num_blocks - 1. Block 0 is the dummy that padded rows write to; it is never given out.
+    """Blocks num_dummies .. num_blocks - 1. Those below are dummies that padded rows write to, each padded row to one
+    of its own; they are never given out.
 
     Free blocks are given out in this order: those that hold nothing findable (their memory is warm), those never used
     (untouched memory stays uncommitted on a CPU), then cached ones, least recently used first.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_caching: bool = True) -> None:
-        if num_blocks < 2 or block_size < 1:
-            raise ValueError(f"need at least 2 blocks of at least 1 token, got {num_blocks} of {block_size}")
+    def __init__(self, num_blocks: int, block_size: int, enable_caching: bool = True, num_dummies: int = 1) -> None:
+        if not 1 <= num_dummies < num_blocks or block_size < 1:
+            raise ValueError(
+                f"need a block of at least 1 token beside the dummies, got {num_blocks} of {block_size}, "
+                f"{num_dummies} of them dummies"
+            )
         self.num_blocks = num_blocks
+        self.num_dummies = num_dummies
         self.block_size = block_size
         self.enable_caching = enable_caching
         self._refs: dict[int, int] = {}  # block in use -> number of users
         self._blank: list[int] = []  # free, holds nothing findable
-        self._fresh = DUMMY_BLOCK + 1  # free and never used: this one and all above
+        self._fresh = num_dummies  # free and never used: this one and all above
         self._cached: OrderedDict[int, None] = OrderedDict()  # free but findable, least recently used first
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
 
     @property
     def num_usable(self) -> int:
-        return self.num_blocks - 1
+        return self.num_blocks - self.num_dummies
 
     @property
     def num_free(self) -> int:

@@ -43,8 +43,8 @@ StateSpec = PagedKVSpec | LinearStateSpec
 class CachePlan:
     """Sizes of the cache tensors.
 
-    num_blocks: KV pages, dummy page included.  kv_bytes = num_blocks * block_size * sum of kv_bytes_per_token.
-    num_slots: state slots of running requests, dummy slot included (0 without linear-attention layers).
+    num_blocks: KV pages, the num_dummy_blocks included.  kv_bytes = num_blocks * block_size * sum of kv_bytes_per_token.
+    num_slots: state slots of running requests and the num_dummy_slots (0 without linear-attention layers).
     num_checkpoints: state rows after them.  state_bytes = (num_slots + num_checkpoints) * sum of state_bytes_per_slot.
     """
 
@@ -55,6 +55,8 @@ class CachePlan:
     kv_bytes: int
     state_bytes: int
     notes: list[str] = field(default_factory=list)
+    num_dummy_blocks: int = 1
+    num_dummy_slots: int = 1
 
     @property
     def num_state_rows(self) -> int:
@@ -78,7 +80,7 @@ def state_bytes_per_slot(spec: StateSpec, dtype_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class _Room:
-    """What the budget leaves for pages, `pages` without the dummy (None: the model has no KV, pages cost nothing)."""
+    """What the budget leaves for pages, `pages` without dummies (None: the model has no KV, pages cost nothing)."""
 
     pages: int | None
     block_size: int
@@ -107,8 +109,12 @@ def plan(
     kv_cache_tokens: int | None,
     num_checkpoints: int,
     budget_bytes: int,
+    num_dummy_blocks: int = 1,
+    num_dummy_slots: int = 1,
 ) -> CachePlan:
     """Sizes for the layers' declarations within `budget_bytes`.
+
+    num_dummy_blocks, num_dummy_slots: pages and slots that nobody owns, for padded rows (graphs, buckets).
 
     `max_model_len` and `kv_cache_tokens` are the requested values or None. Unrequested, max_model_len is the model's,
     reduced to what one sequence can have; KV tokens are max_num_seqs sequences of max_model_len, or what the budget
@@ -117,25 +123,28 @@ def plan(
     notes: list[str] = []
     page_bytes = block_size * sum(kv_bytes_per_token(spec, dtype_bytes) for spec in specs)
     slot_bytes = sum(state_bytes_per_slot(spec, dtype_bytes) for spec in specs)
-    num_slots, num_checkpoints = (1 + max_num_seqs, num_checkpoints) if slot_bytes else (0, 0)
+    num_slots, num_checkpoints = (num_dummy_slots + max_num_seqs, num_checkpoints) if slot_bytes else (0, 0)
     state_bytes = (num_slots + num_checkpoints) * slot_bytes
 
     left = budget_bytes - state_bytes
-    if left < 2 * page_bytes:
-        raise CapacityError(_states_too_big(budget_bytes, page_bytes, slot_bytes, max_num_seqs, num_checkpoints))
-    room = _Room(left // page_bytes - 1 if page_bytes else None, block_size, budget_bytes)
+    fixed = (num_dummy_blocks + 1) * page_bytes + num_dummy_slots * slot_bytes
+    if left < (num_dummy_blocks + 1) * page_bytes:
+        raise CapacityError(_states_too_big(budget_bytes, fixed, slot_bytes, max_num_seqs, num_checkpoints))
+    room = _Room(left // page_bytes - num_dummy_blocks if page_bytes else None, block_size, budget_bytes)
 
     pages = _requested_pages(kv_cache_tokens, room, notes)
     length = _choose_length(max_model_len, model_max_len, pages, room, notes)
     if pages is None:
         wanted = max_num_seqs * room.pages_for(length)
         pages = wanted if room.pages is None else min(wanted, room.pages)
-    num_blocks = pages + 1
-    return CachePlan(num_blocks, num_slots, num_checkpoints, length, num_blocks * page_bytes, state_bytes, notes)
+    num_blocks = pages + num_dummy_blocks
+    kv_bytes = num_blocks * page_bytes
+    dummies = num_dummy_blocks, num_dummy_slots
+    return CachePlan(num_blocks, num_slots, num_checkpoints, length, kv_bytes, state_bytes, notes, *dummies)
 
 
 def _requested_pages(kv_cache_tokens: int | None, room: _Room, notes: list[str]) -> int | None:
-    """Pages (without the dummy) that the requested KV tokens need, or None if nothing was requested."""
+    """Pages (without dummies) that the requested KV tokens need, or None if nothing was requested."""
     if kv_cache_tokens is None:
         return None
     pages = room.pages_for(kv_cache_tokens)
@@ -171,13 +180,13 @@ def _choose_length(requested: int | None, model_max_len: int, pages: int | None,
     return length
 
 
-def _states_too_big(budget: int, page_bytes: int, slot_bytes: int, max_num_seqs: int, num_checkpoints: int) -> str:
-    """The error line when states and two pages (the dummy and one to use) exceed the budget."""
-    need = 2 * page_bytes + (1 + max_num_seqs + num_checkpoints) * slot_bytes
+def _states_too_big(budget: int, fixed: int, slot_bytes: int, max_num_seqs: int, num_checkpoints: int) -> str:
+    """The error line when states and `fixed` (dummies and one page to use) exceed the budget."""
+    need = fixed + (max_num_seqs + num_checkpoints) * slot_bytes
     line = f"the memory budget of {format_bytes(budget)} is too small, the cache needs at least {format_bytes(need)}"
     if not slot_bytes:
         return f"{line}: free memory, or use a smaller model or dtype"
-    rows = max(0, budget - 2 * page_bytes) // slot_bytes - 1
+    rows = max(0, budget - fixed) // slot_bytes
     states = f"{max_num_seqs} sequences and {num_checkpoints} state checkpoints"
     if rows < 1:
         return f"{line} for {states}: free memory, not even one sequence fits"

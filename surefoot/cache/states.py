@@ -4,9 +4,9 @@ A linear-attention layer keeps one fixed-size state per running request instead 
 to an earlier token, so a prefix can only be reused where a copy of the state was taken: a checkpoint. Rows of the
 state tensors:
 
-    0                                              dummy, padded rows write to it
-    1 .. num_slots                                 running requests
-    num_slots + 1 .. num_slots + num_checkpoints   checkpoints, found by the block hash of their prefix
+    num_dummies       dummies: padded rows write to them, each padded row of a step to one of its own
+    num_slots         running requests
+    num_checkpoints   checkpoints, found by the block hash of their prefix
 
 A checkpoint is written after a forward pass. It is reserved before (`reserve_checkpoint`) and becomes findable once
 the pass has been done (`commit_checkpoint`). A checkpoint that a copy of this step reads from is pinned: not evicted.
@@ -22,21 +22,25 @@ DUMMY_SLOT = 0
 class StatePool:
     """Slots for running requests, and checkpoints that are dropped least recently used first."""
 
-    def __init__(self, num_slots: int, num_checkpoints: int = 0) -> None:
-        if num_slots < 1 or num_checkpoints < 0:
-            raise ValueError(f"need at least 1 slot and 0 checkpoints, got {num_slots} and {num_checkpoints}")
+    def __init__(self, num_slots: int, num_checkpoints: int = 0, num_dummies: int = 1) -> None:
+        if num_slots < 1 or num_checkpoints < 0 or num_dummies < 1:
+            raise ValueError(
+                f"need at least 1 slot, 0 checkpoints and 1 dummy, "
+                f"got {num_slots}, {num_checkpoints} and {num_dummies}"
+            )
+        self.num_dummies = num_dummies
         self.num_slots = num_slots
         self.num_checkpoints = num_checkpoints
-        self._free_slots = list(range(num_slots, DUMMY_SLOT, -1))
-        self._free_rows = list(range(num_slots + num_checkpoints, num_slots, -1))
+        self._free_slots = list(reversed(range(num_dummies, num_dummies + num_slots)))
+        self._free_rows = list(reversed(range(num_dummies + num_slots, self.num_rows)))
         self._committed: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
         self._reserved: dict[bytes, int] = {}
         self._pinned: set[bytes] = set()
 
     @property
     def num_rows(self) -> int:
-        """Rows that the state tensors need: dummy, slots, checkpoints."""
-        return 1 + self.num_slots + self.num_checkpoints
+        """Rows that the state tensors need: dummies, slots, checkpoints."""
+        return self.num_dummies + self.num_slots + self.num_checkpoints
 
     @property
     def num_free(self) -> int:
@@ -53,7 +57,7 @@ class StatePool:
         return self._free_slots.pop()
 
     def free(self, slot: int) -> None:
-        if not DUMMY_SLOT < slot <= self.num_slots or slot in self._free_slots:
+        if not 0 <= slot - self.num_dummies < self.num_slots or slot in self._free_slots:
             raise ValueError(f"slot {slot} is not in use")
         self._free_slots.append(slot)
 
