@@ -83,6 +83,20 @@ SERVE: dict[str, Any] = {
     "access_log": _flag(bool, "Log each HTTP request.", "--access-log/--no-access-log"),
 }
 
+VLLM: dict[str, Any] = {
+    "vllm_executable": _flag(str, "vllm: the `vllm` to start, by name or file.", metavar="FILE"),
+    "vllm_args": _flag(str, "vllm: further flags of `vllm serve`, in quotes.", metavar="TEXT"),
+    "tensor_parallel_size": _flag(int, "vllm: devices that share each layer.", "--tensor-parallel-size", metavar="N"),
+    "pipeline_parallel_size": _flag(int, "vllm: groups of layers, each on devices of its own.", metavar="N"),
+    "ray": _flag(bool, "vllm: Ray places the workers, also on other nodes.", "--ray"),
+    "ray_address": _flag(str | None, "vllm: HOST:PORT of the Ray cluster, or auto.", metavar="ADDRESS"),
+    "quantization": _flag(str | None, "vllm: its quantisation method, such as ascend.", metavar="NAME"),
+    "gpu_memory_utilization": _flag(float | None, "vllm: share of the device's memory that it takes.", metavar="X"),
+    "vllm_seed": _flag(int, "vllm: its --seed.", metavar="SEED"),
+    "start_timeout": _flag(float, "vllm: seconds until it must answer.", metavar="S"),
+    "vllm_log": _flag(str | None, "vllm: keep its output in this file.", metavar="FILE"),
+}
+
 
 def flags(settings: type, name: str, table: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator: replace the verb's parameter `name` by the flags of `table`, and build `settings` from them."""
