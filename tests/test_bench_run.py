@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import mock_server
 import pytest
 
+from surefoot.analyze.calibrate import save
+from surefoot.analyze.rates import Calibration, Variant
 from surefoot.bench.engine import EngineBench, EngineSettings, check_sweep
 from surefoot.bench.rawlog import read
 from surefoot.bench.result import NO_PROOF, Result, match_proof, new_data
 from surefoot.bench.run import bench_engine
-from surefoot.bench.sizes import capacity, share
+from surefoot.bench.sizes import capacity, peaks, share
 from surefoot.bench.steps import open_stepper
 from surefoot.cli.main import run_cli
 from surefoot.core import confighash
 from surefoot.core.config import EngineConfig
 from surefoot.core.errors import InputError
+from surefoot.device.chips import Capabilities
+from surefoot.device.cpu import CpuDevice
 
 CANARY = "canary-llama"
 
@@ -175,9 +180,46 @@ def test_the_record_says_what_ran(native):
     assert data["config"]["versions"]["torch"]
     assert data["load"]["seconds"] > 0
     assert data["memory"]["capacity"]["kv_tokens"] == 1024
-    assert data["memory"]["process_peak_bytes"] > 1e7
+    assert data["memory"]["peak_bytes"] >= data["points"][-1]["peak_memory_bytes"] > 1e7
     assert data["points"][0]["prefill"]["mfu"] is None  # this CPU's peak is unknown, and stays so
     assert data["points"][0]["power"] is None
+
+
+def calibration(**changes) -> Calibration:
+    linear = {1: (1e-9, 1e-9), 64: (2e-9, 2e-9)}  # seconds per weight: 2 GFLOP/s and 4 GB/s, 64 GFLOP/s
+    given = {"device": "cpu", "device_name": CpuDevice().name(), "date": "today", "threads": 1, "memory": 10**9,
+             "bandwidth": (1e9, 2e9), "launch": 1e-6, "variants": {"float32": Variant(linear=linear)}}  # fmt: skip
+    return Calibration(**(given | changes))
+
+
+def test_mfu_and_mbu_are_shares_of_a_calibration(tmp_path, capsys, monkeypatch):
+    file, record = tmp_path / "calibration.json", tmp_path / "b.json"
+    save(calibration(), file)
+    flags = ["--dtype", "float32", "--threads", "1", "--batch", "2", "--prompt-len", "8", "--output-len", "4"]
+    flags += ["--repeats", "1", "--warmup", "0", "-o", str(record)]
+    assert run_cli(["bench", CANARY, *flags, "--calibration", str(file)]) == 0
+    assert "0.064 TFLOP/s, 4 GB/s (best seen by surefoot calibrate, today, 1 threads)" in capsys.readouterr().out
+    (point,) = json.loads(record.read_text())["points"]
+    data = json.loads(record.read_text())
+    step, memory = point["decode"]["step_s"]["median"], data["memory"]
+    kv = memory["kv_cache_bytes"] / (data["config"]["num_blocks"] * data["config"]["block_size"])
+    read = memory["weight_bytes"] + 2 * (8 + 4 / 2) * kv
+    assert point["decode"]["mbu"] == pytest.approx(read / step / 4e9, rel=0.01)
+    assert point["prefill"]["mfu"] > point["decode"]["mfu"] / 10 > 0
+    monkeypatch.setattr("surefoot.analyze.calibrate.default_path", lambda device: file)
+    assert run_cli(["bench", CANARY, *flags]) == 0, "the machine's own calibration is taken without being named"
+    assert json.loads(record.read_text())["memory"]["peaks"]["bytes_per_s"] == pytest.approx(4e9)
+    save(calibration(device_name="another"), file)
+    assert run_cli(["bench", CANARY, *flags, "--calibration", str(file)]) == 2
+    assert "was measured on another" in capsys.readouterr().err
+
+
+def test_peaks_are_those_of_what_the_linear_layers_compute_in():
+    chip = SimpleNamespace(capabilities=Capabilities(peak_flops={"bfloat16": 1.0, "int8": 2.0}, source="sheet"))
+    assert peaks(chip, {"dtype": "bfloat16", "quant": {}})["flops_per_s"] == 1
+    assert peaks(chip, {"dtype": "bfloat16", "quant": {"scheme": "w8a8"}})["flops_per_s"] == 2
+    assert peaks(chip, {"dtype": "bfloat16", "quant": {"scheme": "w4a16"}})["flops_per_s"] == 1
+    assert peaks(chip, {"dtype": "bfloat16"}, calibration().peaks)["flops_per_s"] is None, "not measured: unknown"
 
 
 def test_a_tiny_budget_gives_mixed_steps_that_count_in_neither_rate():

@@ -143,6 +143,24 @@ class Calibration:
     def rates(self, variant: str) -> CalibratedRates | None:
         return CalibratedRates(self, self.variants[variant]) if variant in self.variants else None
 
+    def peaks(self, variant: str) -> dict[str, Any]:
+        """What MFU and MBU are shares of, in the form that a benchmark records: the best rates that were ever seen."""
+        own = self.variants.get(variant)
+        return {
+            "flops_per_s": own.peak() if own and own.linear else None,
+            "bytes_per_s": self.best_bandwidth(),
+            "source": f"best seen by surefoot calibrate, {self.date}, {self.threads} threads",
+        }
+
+    def best_bandwidth(self) -> float:
+        """The fastest that bytes were seen to arrive, by the read probe or by a linear op with one row."""
+        per_element = {"float32": 4.0, "w8a8": 1.0, "w8a16": 1.0, "w4a16": 0.5}
+        found = [self.bandwidth[1]]
+        for name, variant in self.variants.items():
+            if 1 in variant.linear:
+                found.append(per_element.get(name, 2.0) / variant.linear[1][1])
+        return max(found)
+
     def as_dict(self) -> dict[str, Any]:
         data = asdict(self)
         for variant in data["variants"].values():
@@ -177,7 +195,7 @@ class CalibratedRates:
     variant: Variant
 
     def interval(self, cost: StepCost, phase: str) -> Interval:
-        low = lower_bound(cost, self._peak(), self._best_bandwidth())
+        low = lower_bound(cost, self._peak(), self.calibration.best_bandwidth())
         raw = self.raw(cost)
         if phase not in self.variant.error:
             return Interval(low, raw, raw * UNMEASURED_STRETCH)
@@ -204,12 +222,3 @@ class CalibratedRates:
         everywhere = [v.peak() for v in self.calibration.variants.values() if v.linear]
         best, own = max(everywhere, default=None), self.variant.peak() if self.variant.linear else None
         return lambda call: own if call.op_class == "linear" else best
-
-    def _best_bandwidth(self) -> float:
-        """The fastest that bytes were seen to arrive, by the read probe or by a linear op with one row."""
-        per_element = {"float32": 4.0, "w8a8": 1.0, "w8a16": 1.0, "w4a16": 0.5}
-        found = [self.calibration.bandwidth[1]]
-        for name, variant in self.calibration.variants.items():
-            if 1 in variant.linear:
-                found.append(per_element.get(name, 2.0) / variant.linear[1][1])
-        return max(found)

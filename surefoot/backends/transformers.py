@@ -24,6 +24,8 @@ from surefoot.core.sampling import SamplingParams
 from surefoot.device import get_device
 from surefoot.engine import sampler
 from surefoot.engine.outputs import Accumulator, OutputProcessor
+from surefoot.weights.checkpoint import Checkpoint
+from surefoot.weights.fingerprint import fingerprint
 from surefoot.weights.hub import resolve
 from surefoot.weights.tokenizer import Tokenizer
 
@@ -38,6 +40,9 @@ class TransformersBackend:
         folder = resolve(model_ref)
         self.model = _load(str(folder), dtype, config.random_weights).to(self.device).eval()
         self.dtype = dtype
+        checkpoint = Checkpoint(folder)
+        stored = config.random_weights is None and checkpoint.has_weights
+        self.weights_digest = fingerprint(checkpoint) if stored else None
         text = self.model.config.get_text_config()
         self.vocab_size: int = text.vocab_size
         self.max_model_len: int = config.max_model_len or text.max_position_embeddings
@@ -55,6 +60,7 @@ class TransformersBackend:
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention": self.model.config._attn_implementation,
             "max_model_len": self.max_model_len,
+            "weights_digest": self.weights_digest,
             "versions": versions(),
         }
 

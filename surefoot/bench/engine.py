@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surefoot.bench.result import Result
-from surefoot.bench.sizes import MemoryWatch, Work, capacity, peaks, share, work_of
+from surefoot.bench.sizes import MemoryWatch, Peaks, Work, capacity, peaks, share, work_of
 from surefoot.bench.stats import pooled, summary
 from surefoot.bench.steps import Pass, Stepper
 from surefoot.core.errors import InputError
@@ -43,12 +43,18 @@ class EngineBench:
     """Runs the sweep on a stepper. `info`: what is in effect, from the backend."""
 
     def __init__(
-        self, stepper: Stepper, model: Any, info: dict[str, Any], settings: EngineSettings, progress: Progress | None
+        self,
+        stepper: Stepper,
+        model: Any,
+        info: dict[str, Any],
+        settings: EngineSettings,
+        progress: Progress | None,
+        calibrated: Peaks | None = None,
     ):
         self.stepper, self.info, self.settings = stepper, info, settings
         self.progress = progress or (lambda what, fraction: None)
         self.work: Work = work_of(model, info)
-        self.peaks = peaks(stepper.device, str(info.get("dtype")))
+        self.peaks = peaks(stepper.device, info, calibrated)
         self.memory = MemoryWatch(stepper.device)
         self._index = itertools.count()
         check_sweep(settings, info)
@@ -71,12 +77,17 @@ class EngineBench:
         outer = list(itertools.product(settings.batch, settings.prompt_lens))
         for i, (batch, length) in enumerate(outer):
             self.progress(f"batch {batch}, prompt {length} ({i + 1}/{len(outer)})", i / len(outer))
+            self.memory.begin()
             prefill = self._prefill(result, batch, length)
+            prefill["peak_memory_bytes"] = self.memory.end()
             for count in settings.output_lens:
                 name = f"batch {batch}, prompt {length}, output {count}"
                 self.progress(f"{name} ({i + 1}/{len(outer)})", (i + 0.5) / len(outer))
                 shape = {"name": name, "batch": batch, "prompt_len": length, "output_len": count}
-                result.add_point(shape | {"prefill": prefill} | self._generate(result, batch, length, count))
+                self.memory.begin()
+                point = self._generate(result, batch, length, count)
+                shape |= {"peak_memory_bytes": self.memory.end(), "prefill": prefill}
+                result.add_point(shape | point)
             result.data["memory"] = result.data.get("memory", {}) | self.memory.result()
 
     # ---- passes

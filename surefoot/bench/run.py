@@ -13,6 +13,7 @@ from typing import Any
 from surefoot.bench.engine import EngineBench, EngineSettings, Progress, check_sweep
 from surefoot.bench.result import NO_PROOF, ProofState, Result, match_proof, new_data
 from surefoot.bench.server import ServerBench, ServerSettings
+from surefoot.bench.sizes import Peaks
 from surefoot.bench.target import open_target
 from surefoot.core import confighash
 from surefoot.core.config import EngineConfig
@@ -36,8 +37,12 @@ def bench_engine(
     output: Path,
     proof: NamedProof | None = None,
     progress: Progress | None = None,
+    calibrated: Peaks | None = None,
 ) -> dict[str, Any]:
-    """Load, measure, write `output` and the raw samples beside it; returns the document."""
+    """Load, measure, write `output` and the raw samples beside it; returns the document.
+
+    calibrated: the measured peaks of this device by dtype or scheme, instead of published ones.
+    """
     from surefoot.backends import open_backend
     from surefoot.bench.steps import open_stepper
     from surefoot.weights.hub import resolve
@@ -56,7 +61,9 @@ def bench_engine(
         random_weights=config.random_weights,
         config_sha256=hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
     )
-    data = new_data("engine", backend.info(), facts, _state(proof, facts, weights_time(folder)))
+    # A digest of every byte needs no clock; one of samples would not see that a single number was changed since.
+    changed = weights_time(folder) if str(facts["weights_digest"]).startswith("sampled") else None
+    data = new_data("engine", backend.info(), facts, _state(proof, facts, changed))
     engine = getattr(backend, "engine", None)
     bench = EngineBench(
         open_stepper(backend),
@@ -64,6 +71,7 @@ def bench_engine(
         backend.info(),
         settings,
         progress,
+        calibrated,
     )
     data |= {"model": model, "settings": vars(settings), "requested": vars(config), "load": {"seconds": load_s}}
     data["memory"] = bench.facts()

@@ -72,8 +72,8 @@ def _engine_head(grid: Table, data: Data) -> None:
         for n, k in (("KV cache", "kv_cache_bytes"), ("states", "state_bytes"))
         if memory.get(k)
     ]
-    if memory.get("process_peak_bytes"):
-        parts.append(f"process peak {format_bytes(memory['process_peak_bytes'])}")
+    if memory.get("peak_bytes"):
+        parts.append(f"peak {format_bytes(memory['peak_bytes'])} ({memory['peak_of']})")
     if memory.get("device_highest_bytes"):
         parts.append(f"device {format_bytes(memory['device_highest_bytes'])} used")
     grid.add_row("memory", ", ".join(parts))
@@ -222,8 +222,8 @@ def _share(value: float | None) -> str:
 
 
 def _flops(value: float | None) -> str:
-    return "FLOP/s unknown" if value is None else f"{value / 1e12:g} TFLOP/s"
+    return "FLOP/s unknown" if value is None else f"{value / 1e12:.4g} TFLOP/s"
 
 
 def _rate(value: float | None) -> str:
-    return "bandwidth unknown" if value is None else f"{value / 1e9:g} GB/s"
+    return "bandwidth unknown" if value is None else f"{value / 1e9:.4g} GB/s"

@@ -7,8 +7,7 @@ both are lower bounds.
 
 from __future__ import annotations
 
-import resource
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,13 +70,20 @@ def _kv_bytes_per_token(info: dict[str, Any]) -> float | None:
     return info["kv_cache_bytes"] / (info["num_blocks"] * info["block_size"])
 
 
-def peaks(device: Device, dtype: str) -> dict[str, Any]:
-    """Peak FLOP/s in this dtype and bytes/s, with their source."""
+Peaks = Callable[[str], "dict[str, Any]"]  # dtype or scheme -> flops_per_s, bytes_per_s, source
+
+
+def peaks(device: Device, info: dict[str, Any], calibrated: Peaks | None = None) -> dict[str, Any]:
+    """Peak FLOP/s in what the linear layers compute in, and bytes/s, with their source: a calibration's, else the
+    chip's published ones."""
+    scheme, dtype = (info.get("quant") or {}).get("scheme"), str(info.get("dtype"))
+    if calibrated is not None:
+        return calibrated(scheme or dtype)
     known = device.capabilities
     return {
-        "flops_per_s": known.peak_flops.get(dtype),
+        "flops_per_s": known.peak_flops.get("int8" if scheme == "w8a8" else dtype),
         "bytes_per_s": known.memory_bandwidth,
-        "source": known.source or "unknown for this chip",
+        "source": known.source or "unknown for this chip: `surefoot calibrate` measures them",
     }
 
 
@@ -103,10 +109,13 @@ def capacity(info: dict[str, Any], lengths: list[int]) -> dict[str, Any] | None:
 
 
 class MemoryWatch:
-    """Highest use seen. A device is asked between passes; for the CPU it is this process's peak, kept by the system."""
+    """Most memory that was in use: by this process during a point, and on the device between passes as its driver says.
+
+    NOTE: a CPU counts a page of the KV cache when it is first written, so its peak may be below what is allocated.
+    """
 
     def __init__(self, device: Device):
-        self.device, self.highest = device, 0
+        self.device, self.highest, self.peak = device, 0, device.peak_memory() or 0
 
     def look(self) -> int | None:
         """Bytes in use on the device now; None on a CPU, whose memory belongs to others too."""
@@ -116,11 +125,20 @@ class MemoryWatch:
         self.highest = max(self.highest, total - free)
         return total - free
 
+    def begin(self) -> None:
+        """A point begins."""
+        self.device.reset_peak_memory()
+
+    def end(self) -> int | None:
+        """Most bytes that this process held on the device since `begin`."""
+        found = self.device.peak_memory()
+        self.peak = max(self.peak, found or 0)
+        return found
+
     def result(self) -> dict[str, Any]:
-        return {"device_highest_bytes": self.highest or None, "process_peak_bytes": process_peak()}
+        return {"device_highest_bytes": self.highest or None, "peak_bytes": self.peak or None, "peak_of": self._what()}
 
-
-def process_peak() -> int:
-    """Highest resident size of this process, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    def _what(self) -> str:
+        return (
+            "resident memory of the process" if self.device.type == "cpu" else "tensors of this process on the device"
+        )

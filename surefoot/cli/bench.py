@@ -14,6 +14,7 @@ from surefoot.core.errors import InputError
 
 if TYPE_CHECKING:
     from surefoot.bench.run import NamedProof
+    from surefoot.bench.sizes import Peaks
 
 Model = Annotated[
     str | None,
@@ -54,6 +55,10 @@ Seed = Annotated[int, typer.Option(metavar="N", help="Of random prompts and arri
 Proof = Annotated[
     Path | None, typer.Option(metavar="FILE", help="The proof.json of this configuration; without one: UNPROVEN.")
 ]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option("--calibration", metavar="FILE", help="Peaks for MFU and MBU, as `surefoot calibrate` measured them."),
+]
 Output = Annotated[
     Path, typer.Option("-o", "--output", metavar="FILE", help="Record; samples go to FILE's .raw.jsonl beside it.")
 ]
@@ -61,7 +66,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the record instead of 
 Tools = Annotated[bool, typer.Option("--tools", help="Print latencies by other tools' definitions too.")]
 Definitions = Annotated[bool, typer.Option("--definitions", help="Print what each metric means and leave.")]
 
-IN_PROCESS = ("batch", "repeats")
+IN_PROCESS = ("batch", "repeats", "calibration")
 SERVER = (
     "url_model", "api_key", "endpoint", "concurrency", "rate", "arrival", "burst_size", "requests", "prompts", "trace",
     "trace_speed", "goodput", "timeout",
@@ -93,6 +98,7 @@ def bench(
     timeout: Timeout = None,
     seed: Seed = 0,
     proof: Proof = None,
+    calibration: CalibrationFile = None,
     output: Output = Path("bench.json"),
     as_json: Json = False,
     tools: Tools = False,
@@ -153,8 +159,27 @@ def _engine(given: dict[str, Any], config: EngineConfig, proof: NamedProof | Non
     for name, least in (("repeats", 1), ("warmup", 0)):
         if chosen.get(name, least) < least:
             raise InputError(f"--{name} must be at least {least}, got {chosen[name]}")
-    settings = EngineSettings(**chosen)
-    return bench_engine(given["model"], given["backend"], config, settings, given["output"], proof, progress)
+    calibrated = _calibrated(given["calibration"], config.device)
+    return bench_engine(
+        given["model"], given["backend"], config, EngineSettings(**chosen), given["output"], proof, progress, calibrated
+    )
+
+
+def _calibrated(path: Path | None, name: str) -> Peaks | None:
+    """The peaks of a calibration: the one that was named, or the machine's own where nobody publishes any."""
+    from surefoot.analyze.calibrate import default_path, load
+    from surefoot.device import get_device
+
+    device = get_device(name)
+    own = default_path(str(device))
+    if path is None and (device.capabilities.source or not own.is_file()):
+        return None
+    found = load(path or own)
+    if found.device_name == device.name():
+        return found.peaks
+    if path is None:
+        return None
+    raise InputError(f"{path} was measured on {found.device_name}, and this is {device.name()}: calibrate here")
 
 
 def _server(given: dict[str, Any], proof: NamedProof | None, progress: Any) -> dict[str, Any]:

@@ -74,6 +74,7 @@ class EngineInfo:
     """What is in effect: enough that nobody has to read the code to know where a number came from.
 
     quant: scheme, group_size, source ("folder" or "on load"), number of layers, and what was excluded; empty without.
+    weights_digest: of the checkpoint, as stored (`weights.fingerprint`); None for random weights.
     """
 
     model: str
@@ -92,6 +93,7 @@ class EngineInfo:
     state_bytes: int
     prefix_caching: str
     num_threads: int = 0
+    weights_digest: str | None = None
     quant: dict[str, Any] = field(default_factory=dict)
     ops: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

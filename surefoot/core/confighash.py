@@ -16,7 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FACTS = ("backend", "architecture", "num_parameters", "device", "device_name", "dtype", "quant", "attention")
+FACTS = (
+    "backend", "architecture", "num_parameters", "weights_digest", "device", "device_name", "dtype", "quant",
+    "attention",
+)  # fmt: skip
 SERVED = ("backend", "url", "model", "root", "owned_by", "dtype", "device")
 VERSIONS = ("surefoot", "torch", "transformers")
 

@@ -65,6 +65,14 @@ class Device:
         """(free, total) bytes that a process may use right now."""
         raise NotImplementedError
 
+    def peak_memory(self) -> int | None:
+        """Most bytes that this process held on the device since `reset_peak_memory`; None where nothing tells."""
+        return None
+
+    def reset_peak_memory(self) -> bool:
+        """Count `peak_memory` anew. False: cannot be done, it counts from the start of the process."""
+        return False
+
     def synchronize(self) -> None:
         """Wait until all work given to the device is done. A CPU has nothing to wait for."""
 

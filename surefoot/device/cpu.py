@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import re
+import resource
 import subprocess
+import sys
 from pathlib import Path
 
 from surefoot.device.base import Device
@@ -33,6 +35,24 @@ class CpuDevice(Device):
         if limit is None:
             return free, total
         return min(free, limit[0]), min(total, limit[1])
+
+    def peak_memory(self) -> int | None:
+        """Resident memory of the process, which is what an engine's weights, cache and activations are on a CPU."""
+        try:
+            found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        except OSError:
+            found = None
+        if found:
+            return int(found.group(1)) * 1024
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def reset_peak_memory(self) -> bool:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: proc(5)
+        except OSError:
+            return False
+        return True
 
 
 def _system_memory() -> tuple[int, int]:

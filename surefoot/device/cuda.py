@@ -102,6 +102,17 @@ class CudaDevice(Device):
         cached = torch.cuda.memory_reserved(self.index) - torch.cuda.memory_allocated(self.index)
         return free + cached, total
 
+    def peak_memory(self) -> int | None:
+        import torch
+
+        return torch.cuda.max_memory_allocated(self.index)
+
+    def reset_peak_memory(self) -> bool:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(self.index)
+        return True
+
     def synchronize(self) -> None:
         import torch
 

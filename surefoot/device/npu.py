@@ -130,6 +130,13 @@ class NpuDevice(Device):
         cached = self._npu.memory_reserved(self.index) - self._npu.memory_allocated(self.index)
         return free + cached, total
 
+    def peak_memory(self) -> int | None:
+        return self._npu.max_memory_allocated(self.index)
+
+    def reset_peak_memory(self) -> bool:
+        self._npu.reset_peak_memory_stats(self.index)
+        return True
+
     def synchronize(self) -> None:
         self._npu.synchronize(self.index)
 

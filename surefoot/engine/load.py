@@ -22,6 +22,7 @@ from surefoot.engine.scheduler import Scheduler
 from surefoot.models.base import CausalLM
 from surefoot.models.registry import build
 from surefoot.weights.checkpoint import Checkpoint
+from surefoot.weights.fingerprint import fingerprint
 from surefoot.weights.hub import resolve
 from surefoot.weights.load import LoadReport, load_weights, random_weights
 from surefoot.weights.tokenizer import Tokenizer
@@ -60,6 +61,7 @@ def load_engine(model_ref: str, config: EngineConfig, progress: Progress | None 
     scheduler, caching = make_scheduler(model, cache, config, block_size)
     info = describe(model_ref, model, device, dtype, report, cache, config, block_size, caching, notes + cache.notes)
     info.num_parameters, info.quant = num_parameters, quantised.describe(model, converter)
+    info.weights_digest = fingerprint(checkpoint) if config.random_weights is None else None
     eos = tokenizer.eos_token_ids if tokenizer is not None else eos_of(checkpoint.config)
     return Engine(runner, scheduler, config, info, tokenizer, eos)
 
