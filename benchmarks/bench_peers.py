@@ -1,36 +1,55 @@
 """Surefoot, transformers and llama.cpp on the same shape, in one run, interleaved: `make bench-peers`.
 
-    python benchmarks/bench_peers.py MODEL [--groups int8 int4 bf16] [--repeats 5] [--threads 2] [-o results.json]
+    python benchmarks/bench_peers.py MODEL --prepare                 # the files; minutes, once
+    python benchmarks/bench_peers.py MODEL -o results.json           # everything
+    python benchmarks/bench_peers.py MODEL --groups int8 --cases decode-8 --repeats 7 -o results.json
+    python benchmarks/bench_peers.py --show results.json             # Markdown tables of the newest runs
 
-MODEL is a folder with a config.json (Llama family for llama.cpp); weights are random at the true shape. Each peer is a
-process of its own and waits while another one is measured. A group compares equal weight bits: every matrix, the output
-layer included, at those bits. Decode is the median step of 8 after a prompt of 32; prefill is one prompt of 512 up to
-its first token. Every case is warmed up once, then measured in turn, `--repeats` times; ratios are taken pair by pair.
+MODEL is a folder with a config.json (llama.cpp: Llama family only); weights are random at the true shape. Each peer is
+a process of its own and waits while another one is measured. A group compares equal weight bits: every matrix, the
+output layer included, at those bits. Of a peer with several settings (transformers in bf16 and fp32) the one that was
+fastest in the warm-up round is measured. Then the peers take turns, `--repeats` times, and the machine's limits are
+measured in every turn; ratios are taken pair by pair.
+
+decode-1, decode-8   median seconds of 8 steps after prompts of 32: forward pass, greedy choice, tokens on the host
+prefill-512          one prompt of 512 up to its first token
+load                 a fresh process, files in the page cache: from the call that loads to the first token of a prompt
+                     of 32; imports are measured beside it, they are no part of it
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import os
+import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+from peers import table
+
 HERE = Path(__file__).parent
-CASES = [
-    ("decode, batch 1", {"do": "decode", "batch": 1}, 1),
-    ("decode, batch 8", {"do": "decode", "batch": 8}, 8),
-    ("prefill 512", {"do": "prefill", "tokens": 512}, 512),
-]
-GROUPS = {"int8": ("w8a8", "Q8_0"), "int4": ("w4a16", "Q4_0"), "bf16": (None, "F16")}
+PROMPT = 32
+# case: (command, tokens that one measurement brings out or takes in)
+CASES: dict[str, tuple[dict, int]] = {
+    "decode-1": ({"do": "decode", "batch": 1}, 1),
+    "decode-8": ({"do": "decode", "batch": 8}, 8),
+    "prefill-512": ({"do": "prefill", "tokens": 512}, 512),
+    "load": ({"do": "prefill", "tokens": PROMPT}, 1),
+}
+# group: (Surefoot's folder, its dtype, llama.cpp's format)
+GROUPS = {"int8": ("w8a8", "Q8_0"), "int4": ("w4a16", "Q4_0"), "bf16": ("full", "F16")}
+BEST_FORMATS = ("F16", "BF16", "Q4_0", "Q4_K_M")  # beside the group's own, where llama.cpp's best is asked for
 
 
 class Peer:
-    """A worker process and its name."""
+    """A worker process. `family`: peers of one family are settings of the same program."""
 
-    def __init__(self, name: str, options: dict):
-        self.name = name
+    def __init__(self, family: str, setting: str, options: dict):
+        self.family, self.name = family, f"{family} {setting}".strip()
+        begin = time.perf_counter()
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "peers" / "worker.py")],
             stdin=subprocess.PIPE,
@@ -38,89 +57,158 @@ class Peer:
             text=True,
             bufsize=1,
         )
-        loaded = self.ask({"do": "load", **options})
-        self.load_seconds, self.about = loaded["seconds"], loaded["about"]
+        self.loaded = self.ask({"do": "load", **options})
+        self.start_s = time.perf_counter() - begin - self.loaded["seconds"]
 
     def ask(self, command: dict) -> dict:
         assert self.process.stdin and self.process.stdout
         print(json.dumps(command), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.name} ended while it was asked {command}")
+            raise SystemExit(f"{self.name} ended while it was asked {command}; its error is above")
         return json.loads(line)
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        self.process.stdin.close()  # type: ignore[union-attr]
+        self.process.stdout.close()  # type: ignore[union-attr]
 
 
-def gguf_files(model: Path, cache: Path, formats: list[str]) -> dict[str, Path]:
-    sys.path.insert(0, str(HERE / "peers"))
-    from gguf_export import export_f16, quantise
-
-    cache.mkdir(parents=True, exist_ok=True)
-    files = {name: cache / f"{model.name}-{name}.gguf" for name in {"F16", *formats}}
-    if not files["F16"].exists():
-        export_f16(model, files["F16"])
-    for name in formats:
-        if not files[name].exists():
-            quantise(files["F16"], files[name], name)
-    return files
+Specs = list[tuple[str, str, dict]]  # family, setting, options of `load`; Surefoot first
 
 
-def measure(peers: list[Peer], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds by case and peer; one warm-up round, then the peers take turns."""
-    raw: dict[str, dict[str, list[float]]] = {}
-    for case, command, _ in CASES:
-        raw[case] = {peer.name: [] for peer in peers}
-        for repeat in range(-1, repeats):
-            for peer in peers:
-                extra = {"seed": repeat} if command["do"] == "prefill" else {}
-                seconds = peer.ask(command | extra)["seconds"]
-                if repeat >= 0:
-                    raw[case][peer.name].append(seconds)
-    return raw
+def peers_of(group: str, case: str, files: Path, threads: int, families: list[str]) -> Specs:
+    folder, ftype = GROUPS[group]
+    common = {"threads": threads}
+    specs: Specs = [
+        ("surefoot", folder, {"peer": "native", "model": str(files / folder), "dtype": "bfloat16", **common})
+    ]
+    if (files / f"{ftype}.gguf").exists():
+        gguf = {"peer": "llama.cpp", **common}
+        specs.append((f"llama.cpp {ftype}", "", {"gguf": str(files / f"{ftype}.gguf"), **gguf}))
+        if (group, case) == ("int8", "prefill-512"):
+            specs += [("llama.cpp best", f, {"gguf": str(files / f"{f}.gguf"), **gguf}) for f in BEST_FORMATS]
+    hf = {"peer": "transformers", "model": str(files / "full"), **common}
+    specs += [("transformers", dtype, {**hf, "dtype": dtype}) for dtype in ("bfloat16", "float32")]
+    if (xml := files / f"openvino-{group}").exists():
+        specs.append(("openvino", "", {"peer": "openvino", "folder": str(xml), **common}))
+    return [spec for spec in specs if spec[0] == "surefoot" or any(spec[0].startswith(f) for f in families)]
 
 
-def table(group: str, raw: dict[str, dict[str, list[float]]]) -> None:
-    names = list(next(iter(raw.values())))
-    print(f"\n{group}: tokens/s (median), and Surefoot's ratio to each peer, median (min..max) of the pairs")
-    for case, _, tokens in CASES:
-        ours = raw[case][names[0]]
-        cells = [f"{case:16} {names[0]} {tokens / statistics.median(ours):.1f}"]
-        for name in names[1:]:
-            ratios = sorted(b / a for a, b in zip(ours, raw[case][name]))
-            speed = tokens / statistics.median(raw[case][name])
-            cells.append(f"{name} {speed:.1f} -> {statistics.median(ratios):.2f}x ({ratios[0]:.2f}..{ratios[-1]:.2f})")
-        print(" | ".join(cells), flush=True)
+def fastest(peers: list[Peer], seconds: list[float]) -> list[Peer]:
+    """One peer of each family; the others are closed."""
+    best: dict[str, tuple[float, Peer]] = {}
+    for peer, took in zip(peers, seconds):
+        if peer.family not in best or took < best[peer.family][0]:
+            best[peer.family] = (took, peer)
+    kept = [peer for _, peer in best.values()]
+    for peer in peers:
+        if peer not in kept:
+            peer.close()
+    return kept
+
+
+def measure(specs: Specs, case: str, repeats: int) -> dict:
+    """Warm up, keep the best setting of each family, then take turns."""
+    command, _ = CASES[case]
+    peers = [Peer(*spec) for spec in specs]
+    about = {peer.name: peer.ask({"do": "about"}) for peer in peers[:1]}
+    warm = [ask_case(peer, command, -1) for peer in peers]
+    warmup = dict(zip((peer.name for peer in peers), warm))
+    peers = fastest(peers, warm)
+    about |= {peer.name: peer.ask({"do": "about"}) for peer in peers[1:]}
+    seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
+    limits = []
+    for repeat in range(repeats):
+        limits.append(peers[0].ask({"do": "limits"}))
+        for peer in peers:
+            seconds[peer.name].append(ask_case(peer, command, repeat))
+            progress(f"{case}: turn {repeat + 1} of {repeats}, {peer.name}")
+    for peer in peers:
+        peer.close()
+    families = {peer.name: peer.family for peer in peers}
+    return {"seconds": seconds, "families": families, "warmup": warmup, "limits": limits, "about": about}
+
+
+def ask_case(peer: Peer, command: dict, repeat: int) -> float:
+    extra = {"seed": repeat + 1} if command["do"] == "prefill" else {}
+    return peer.ask(command | extra)["seconds"]
+
+
+def measure_load(specs: Specs, repeats: int) -> dict:
+    """A fresh process for every number; the first round warms the page cache."""
+    command, _ = CASES["load"]
+    seconds: dict[str, list[float]] = {}
+    families: dict[str, str] = {}
+    parts: dict[str, list[dict]] = {}
+    for repeat in range(-1, repeats):
+        for spec in specs:
+            peer = Peer(*spec)
+            first = ask_case(peer, command, repeat)
+            if repeat >= 0:
+                families[peer.name] = peer.family
+                seconds.setdefault(peer.name, []).append(peer.loaded["seconds"] + first)
+                part = {"start_s": peer.start_s, **peer.loaded, "first_token_s": first}
+                parts.setdefault(peer.name, []).append(part)
+            progress(f"load: turn {repeat + 1} of {repeats}, {peer.name}")
+            peer.close()
+    return {"seconds": seconds, "families": families, "parts": parts}
+
+
+def progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def machine() -> dict:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
+    return {"cpu": cpu, "logical_cpus": os.cpu_count(), "load_average": os.getloadavg()[0], "os": platform.platform()}
+
+
+def append(output: Path, record: dict) -> None:
+    """After every case, so that an end halfway loses nothing."""
+    runs = json.loads(output.read_text()) if output.exists() else []
+    partial = output.with_suffix(".partial")
+    partial.write_text(json.dumps([*runs, record], indent=1))
+    partial.rename(output)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--families", nargs="+", default=["llama.cpp", "transformers", "openvino"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cache", type=Path, default=Path(".cache/peers"), help="where the GGUF files are kept")
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--cache", type=Path, default=Path(".cache/peers"), help="where the model files are kept")
+    parser.add_argument("--prepare", action="store_true", help="make the model files and end")
+    parser.add_argument("--show", type=Path, help="print the tables of a results file and end")
+    parser.add_argument("-o", "--output", type=Path, default=Path("peers.json"), help="results are added to it")
     args = parser.parse_args()
-    files = gguf_files(args.model, args.cache, [GROUPS[g][1] for g in args.groups])
-    common = {"model": str(args.model), "threads": args.threads}
-    results = {}
+    if args.show:
+        return print(table.render(json.loads(args.show.read_text())))
+    if args.model is None:
+        parser.error("which MODEL?")
+    from peers.files import prepare
+
+    files = prepare(args.model, args.cache)
+    if args.prepare:
+        return None
     for group in args.groups:
-        quant, ftype = GROUPS[group]
-        peers = [
-            Peer(f"surefoot {quant or 'bf16'}", {"peer": "native", **common, "dtype": "bfloat16", "quant": quant}),
-            Peer(f"llama.cpp {ftype}", {"peer": "llama.cpp", "gguf": str(files[ftype]), "threads": args.threads}),
-            Peer("transformers bf16", {"peer": "transformers", **common, "dtype": "bfloat16"}),
-        ]
-        raw = measure(peers, args.repeats)
-        table(group, raw)
-        results[group] = {"raw": raw, "peers": {p.name: {"about": p.about, "load_s": p.load_seconds} for p in peers}}
-        for peer in peers:
-            peer.close()
-    if args.output:
-        args.output.write_text(json.dumps(results, indent=1))
+        for case in args.cases:
+            specs = peers_of(group, case, files, args.threads, args.families)
+            head = {"model": args.model.name, "group": group, "case": case, "tokens": CASES[case][1]}
+            head |= {"threads": args.threads, "at": time.strftime("%Y-%m-%dT%H:%M:%S"), "machine": machine()}
+            found = measure_load(specs, args.repeats) if case == "load" else measure(specs, case, args.repeats)
+            append(args.output, head | found)
+            progress("")
+            print(table.line(head | found), flush=True)
+    return None
 
 
 if __name__ == "__main__":

@@ -49,10 +49,10 @@ def export_f16(folder: Path, out: Path) -> None:
     writer.add_token_list([f"t{i}" for i in range(config["vocab_size"])])
     writer.add_token_types([gguf.TokenType.NORMAL] * config["vocab_size"])
     writer.add_token_merges(["t0 t1"])  # an empty list is not written, and a file without merges is refused
-    generator = np.random.default_rng(0)
+    values = (np.random.default_rng(0).standard_normal(1 << 24, dtype=np.float32) * 0.02).astype(np.float16)
 
     def matrix(rows: int, columns: int) -> np.ndarray:
-        return (generator.standard_normal((rows, columns), dtype=np.float32) * 0.02).astype(np.float16)
+        return np.resize(values, (rows, columns))
 
     writer.add_tensor("token_embd.weight", matrix(config["vocab_size"], size["hidden"]))
     writer.add_tensor("output_norm.weight", np.ones(size["hidden"], np.float32))
@@ -70,6 +70,9 @@ def quantise(source: Path, out: Path, ftype: str) -> None:
     """ftype: "Q8_0", "Q4_0", ...; pure, so that the tied output layer has the same bits as the rest."""
     import llama_cpp
 
+    from peers.llamacpp import silence
+
+    silence()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{ftype}")
     params.pure = True

@@ -1,4 +1,4 @@
-"""transformers with SDPA and its dynamic cache, batches of equal length (its best case), same random weights."""
+"""transformers with SDPA and its dynamic cache, batches of equal length (its best case), same checkpoint."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import statistics
 import time
 
 import torch
-from worker import PROMPT, STEPS, prompt
 
+from peers.worker import PROMPT, STEPS, prompt
 from surefoot.backends.transformers import TransformersBackend
 from surefoot.core.config import EngineConfig
 
@@ -15,11 +15,11 @@ from surefoot.core.config import EngineConfig
 class Transformers:
     def __init__(self, model: str, dtype: str, threads: int):
         torch.set_num_threads(threads)
-        backend = TransformersBackend(model, EngineConfig(dtype=dtype, random_weights=0))
-        self.model, self.vocab, self.dtype = backend.model, backend.vocab_size, dtype
+        backend = TransformersBackend(model, EngineConfig(dtype=dtype))
+        self.model, self.vocab, self.info = backend.model, backend.vocab_size, backend.info()
 
     def about(self) -> dict:
-        return {"dtype": self.dtype, "attention": self.model.config._attn_implementation}
+        return {k: self.info[k] for k in ("dtype", "attention", "versions")}
 
     @torch.inference_mode()
     def decode(self, batch: int) -> float:

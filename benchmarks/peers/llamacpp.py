@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 
 import llama_cpp
-from worker import PROMPT, STEPS, prompt
+
+from peers.worker import PROMPT, STEPS, prompt
 
 
 class LlamaCpp:
     def __init__(self, gguf: str, threads: int, flash_attention: bool = True):
-        llama_cpp.llama_log_set(_SILENT, ctypes.c_void_p(0))
+        silence()
         llama_cpp.llama_backend_init()
         self.path = gguf
         self.model = llama_cpp.llama_model_load_from_file(gguf.encode(), llama_cpp.llama_model_default_params())
@@ -77,5 +78,9 @@ class LlamaCpp:
 
 
 @llama_cpp.llama_log_callback
-def _SILENT(level, text, user_data):
+def _ignore(level, text, user_data):
     pass
+
+
+def silence() -> None:
+    llama_cpp.llama_log_set(_ignore, ctypes.c_void_p(0))

@@ -1,37 +1,76 @@
-"""Surefoot through its engine: scheduler, cache, sampler and all."""
+"""Surefoot through its engine: scheduler, cache, sampler and all; and the limits of the machine it runs on."""
 
 from __future__ import annotations
 
 import statistics
 import time
 
-from worker import PROMPT, STEPS, prompt
+import torch
 
+from peers.worker import PROMPT, STEPS, prompt
 from surefoot.core.config import EngineConfig
 from surefoot.core.sampling import SamplingParams
 from surefoot.engine.engine import Engine
+from surefoot.layers.linear import Linear
+from surefoot.layers.quant_linear import QuantLinear
+from surefoot.ops.cpu import kernels
+
+READ_BYTES = 512 << 20
+PEAKS = {"int8": 0, "fp32": 1, "bf16": 2, "int16": 3}  # as Peak in surefoot/ops/cpu/csrc/kernels.h
 
 
 class Native:
-    def __init__(self, model: str, dtype: str, threads: int, quant: str | None = None, random: bool = True):
-        self.engine = Engine.load(
-            model,
-            EngineConfig(
-                dtype=dtype,
-                num_threads=threads,
-                random_weights=0 if random else None,
-                quant=quant,
-                quant_lm_head=quant is not None,
-                max_model_len=1024,
-                kv_cache_tokens=8192,
-                enable_prefix_caching=False,
-            ),
+    def __init__(self, model: str, dtype: str, threads: int):
+        config = EngineConfig(
+            dtype=dtype, num_threads=threads, max_model_len=1024, kv_cache_tokens=8192, enable_prefix_caching=False
         )
+        self.engine = Engine.load(model, config)
+        self.buffer: torch.Tensor | None = None
 
     def about(self) -> dict:
-        self.decode(1)
         info = self.engine.info
-        return {"dtype": info.dtype, "quant": info.quant, "ops": info.ops, "weight_bytes": info.weight_bytes}
+        return {
+            "dtype": info.dtype,
+            "quant": info.quant,
+            "ops": info.ops,
+            "isa": kernels.isa() if kernels else None,
+            "versions": info.versions,
+            "work": self.work(),
+        }
+
+    def work(self) -> dict:
+        """What one forward pass cannot avoid: bytes of the linear layers' weights, multiply-adds of a token.
+
+        "head" is the output layer, which computes only the rows whose logits are wanted.
+        """
+        parts = {"bytes": 0, "macs": 0, "head_bytes": 0, "head_macs": 0}
+        for name, module in self.engine.model.named_modules():
+            if isinstance(module, (Linear, QuantLinear)):
+                prefix = "head_" if name.endswith("lm_head") else ""
+                parts[prefix + "bytes"] += sum(p.nbytes for p in module.parameters())
+                parts[prefix + "macs"] += module.in_features * module.out_features
+        return parts
+
+    def limits(self) -> dict:
+        """Bytes/s of reading memory and multiply-adds/s in registers, by the same compiler and threads."""
+        if kernels is None:
+            raise SystemExit("the C++ kernels are not built: reinstall surefoot with a C++17 compiler")
+        if self.buffer is None:
+            self.buffer = torch.ones(READ_BYTES, dtype=torch.uint8)
+        rates = []
+        for _ in range(5):
+            started = time.perf_counter()
+            kernels.read(self.buffer.data_ptr(), READ_BYTES)
+            rates.append(READ_BYTES / (time.perf_counter() - started))
+        found = {"read": statistics.median(rates)}
+        for name, what in PEAKS.items():
+            rates = []
+            for _ in range(3):
+                started = time.perf_counter()
+                done = kernels.peak(what, 500_000)
+                rates.append(done / (time.perf_counter() - started))
+            found[name] = statistics.median(rates)
+        return found
 
     def decode(self, batch: int) -> float:
         """Median seconds of a step in which all of `batch` sequences decode one token."""

@@ -1,18 +1,26 @@
 """One peer in one process: reads a JSON command a line on stdin, answers one JSON line on stdout.
 
-    {"do": "load", "peer": "native", ...}   {"do": "decode", "batch": 8}   {"do": "prefill", "tokens": 512}
+    {"do": "load", "peer": "native", ...}   {"do": "decode", "batch": 8}   {"do": "prefill", "tokens": 512, "seed": 0}
+    {"do": "limits"}                        of the machine, by the native peer only
 
 A process each, because every peer brings its own thread pool, and two OpenMP runtimes in one process fight over cores.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 import time
 
 PROMPT, STEPS = 32, 8
+CLASSES = {
+    "native": ("native", "Native"),
+    "transformers": ("hf", "Transformers"),
+    "llama.cpp": ("llamacpp", "LlamaCpp"),
+    "openvino": ("ov", "OpenVino"),
+}
 
 
 def prompt(length: int, seed: int, vocab: int) -> list[int]:
@@ -24,21 +32,14 @@ def prompt(length: int, seed: int, vocab: int) -> list[int]:
     return ids
 
 
-def make(options: dict):
-    kind = options.pop("peer")
-    if kind == "native":
-        from native import Native
-
-        return Native(**options)
-    if kind == "transformers":
-        from hf import Transformers
-
-        return Transformers(**options)
-    if kind == "llama.cpp":
-        from llamacpp import LlamaCpp
-
-        return LlamaCpp(**options)
-    raise SystemExit(f"unknown peer {kind!r}")
+def load(options: dict) -> tuple[object, dict]:
+    """The peer, and the seconds that its imports and its loading took."""
+    module, name = CLASSES[options.pop("peer")]
+    started = time.perf_counter()
+    cls = getattr(importlib.import_module(f"peers.{module}"), name)
+    imported = time.perf_counter()
+    peer = cls(**options)
+    return peer, {"import_s": imported - started, "seconds": time.perf_counter() - imported}
 
 
 def main() -> None:
@@ -50,18 +51,18 @@ def main() -> None:
         command = json.loads(line)
         action = command.pop("do")
         if action == "load":
-            started = time.perf_counter()
-            peer = make(command)
-            answer = {"seconds": time.perf_counter() - started, "about": peer.about()}
-        elif action == "decode":
-            answer = {"seconds": peer.decode(command["batch"])}
-        elif action == "prefill":
-            answer = {"seconds": peer.prefill(command["tokens"], command["seed"])}
+            peer, answer = load(command)
+        elif action == "about":
+            answer = peer.about()
+        elif action == "limits":
+            answer = peer.limits()
+        elif action in ("decode", "prefill"):
+            answer = {"seconds": getattr(peer, action)(**command)}
         else:
             break
         print(json.dumps(answer), file=answers)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.path.dirname(__file__))
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     main()
