@@ -30,6 +30,18 @@ def _flag(kind: Any, text: str, *names: str, metavar: str | None = None) -> Any:
     return Annotated[kind, typer.Option(*names, help=text, metavar=metavar)]
 
 
+def _sizes(text: str, name: str) -> Any:
+    return Annotated[tuple, typer.Option(name, help=text, metavar="N,N", parser=integers)]
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """ "1,2,4" -> (1, 2, 4)."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of whole numbers such as 1,2,4") from None
+
+
 ENGINE: dict[str, Any] = {
     "device": _flag(str, "Where to compute: cpu, cuda, cuda:1, npu, npu:0, ...", metavar="DEVICE"),
     "dtype": _flag(str, "auto (the checkpoint's), float32, bfloat16 or float16.", metavar="DTYPE"),
@@ -51,6 +63,9 @@ ENGINE: dict[str, Any] = {
     "quant": _flag(str | None, "Quantise the weights on load: w8a16, w8a8 or w4a16.", metavar="SCHEME"),
     "quant_group_size": _flag(int | None, "Inputs per int4 scale: 32, 64 or 128; default 32.", metavar="N"),
     "quant_lm_head": _flag(bool, "Quantise the output layer too.", "--quant-lm-head"),
+    "graph": _flag(str, "Captured decode steps: auto, full (or fail), off.", metavar="MODE"),
+    "batch_buckets": _sizes("Pad decode steps to these batches.", "--batch-buckets"),
+    "token_buckets": _sizes("Pad steps that prefill to these tokens.", "--token-buckets"),
 }
 
 SAMPLING: dict[str, Any] = {

@@ -9,6 +9,7 @@ from surefoot.core.errors import InputError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANT_SCHEMES = ("w8a16", "w8a8", "w4a16")
+GRAPH_MODES = ("auto", "full", "off")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class EngineConfig:
     quant: quantise the weights while they stream in, by this scheme; a folder that is quantised already needs no flag.
     quant_group_size: inputs that share an int4 scale; None takes the scheme's own.
     quant_lm_head: quantise the output layer too, which is kept otherwise (faster decoding, larger errors).
+    graph: "full" captures a whole decode step per batch bucket or fails, "auto" does so where it can, "off" never.
+    batch_buckets: sizes to which decode steps are padded; None leaves them to the graphs, and none without graphs.
+    token_buckets: sizes to which steps that prefill are padded; None never pads them.
     """
 
     device: str = "cpu"
@@ -43,6 +47,9 @@ class EngineConfig:
     quant: str | None = None
     quant_group_size: int | None = None
     quant_lm_head: bool = False
+    graph: str = "auto"
+    batch_buckets: tuple[int, ...] | None = None
+    token_buckets: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -65,6 +72,12 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
+        if self.graph not in GRAPH_MODES:
+            raise InputError(f"graph must be one of {', '.join(GRAPH_MODES)}, got {self.graph!r}")
+        for name in ("batch_buckets", "token_buckets"):
+            sizes = getattr(self, name)
+            if sizes is not None and (not sizes or sizes[0] < 1 or any(a >= b for a, b in zip(sizes, sizes[1:]))):
+                raise InputError(f"{name} must be ascending sizes of at least 1, got {', '.join(map(str, sizes))}")
         if self.num_state_checkpoints < 0:
             raise InputError(f"num_state_checkpoints must be 0 or more, got {self.num_state_checkpoints}")
 
@@ -73,6 +86,7 @@ class EngineConfig:
 class EngineInfo:
     """What is in effect: enough that nobody has to read the code to know where a number came from.
 
+    graph: "full" or "off"; the notes say why and what it cost.  batch_buckets, token_buckets: empty means no padding.
     quant: scheme, group_size, source ("folder" or "on load"), number of layers, and what was excluded; empty without.
     weights_digest: of the checkpoint, as stored (`weights.fingerprint`); None for random weights.
     """
@@ -93,6 +107,9 @@ class EngineInfo:
     state_bytes: int
     prefix_caching: str
     num_threads: int = 0
+    graph: str = "off"
+    batch_buckets: tuple[int, ...] = ()
+    token_buckets: tuple[int, ...] = ()
     weights_digest: str | None = None
     quant: dict[str, Any] = field(default_factory=dict)
     ops: dict[str, str] = field(default_factory=dict)

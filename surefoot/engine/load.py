@@ -15,8 +15,10 @@ from surefoot.core.config import EngineConfig, EngineInfo
 from surefoot.core.errors import InputError, ModelError
 from surefoot.core.request import Request
 from surefoot.device import Device, get_device
-from surefoot.engine import quantised
+from surefoot.engine import graph_setup, quantised
 from surefoot.engine.engine import Engine
+from surefoot.engine.graphs import GraphPlan
+from surefoot.engine.padding import num_dummy_blocks
 from surefoot.engine.runner import Runner
 from surefoot.engine.scheduler import Scheduler
 from surefoot.models.base import CausalLM
@@ -35,9 +37,11 @@ DEFAULT_CACHE_SHARE = 0.85
 TINY_PARAMETERS = 16_000_000
 
 
-def load_engine(model_ref: str, config: EngineConfig, progress: Progress | None = None) -> Engine:
-    """See `Engine.load`."""
-    device = get_device(config.device)
+def load_engine(
+    model_ref: str, config: EngineConfig, progress: Progress | None = None, device: Device | None = None
+) -> Engine:
+    """See `Engine.load`. `device`: one that is at hand already, in place of config.device."""
+    device = device or get_device(config.device)
     scheme = quantised.scheme_of(config)
     folder = resolve(model_ref, progress=progress)
     checkpoint = Checkpoint(folder)
@@ -56,10 +60,13 @@ def load_engine(model_ref: str, config: EngineConfig, progress: Progress | None 
     if tokenizer is None:
         notes.append("no tokenizer in the model folder: token ids only")
     block_size = choose_block_size(config, device)
-    cache = plan_cache(model, config, device, dtype, block_size)
+    graphs = graph_setup.plan_for(model, config, device, dtype, block_size)
+    cache = plan_cache(model, config, device, dtype, block_size, graphs)
     runner = Runner(model, cache, block_size=block_size, dtype=dtype, device=device.torch_device, ops_policy=config.ops)
+    notes += graph_setup.install(runner, graphs, device, cache.max_model_len, progress)
     scheduler, caching = make_scheduler(model, cache, config, block_size)
     info = describe(model_ref, model, device, dtype, report, cache, config, block_size, caching, notes + cache.notes)
+    info.graph, info.batch_buckets, info.token_buckets = graphs.mode, graphs.batch_buckets, graphs.token_buckets
     info.num_parameters, info.quant = num_parameters, quantised.describe(model, converter)
     info.weights_digest = fingerprint(checkpoint) if config.random_weights is None else None
     eos = tokenizer.eos_token_ids if tokenizer is not None else eos_of(checkpoint.config)
@@ -99,8 +106,10 @@ def choose_block_size(config: EngineConfig, device: Device) -> int:
     return block_size
 
 
-def plan_cache(model: CausalLM, config: EngineConfig, device: Device, dtype: torch.dtype, block_size: int) -> CachePlan:
-    free, _ = device.memory()
+def plan_cache(
+    model: CausalLM, config: EngineConfig, device: Device, dtype: torch.dtype, block_size: int, graphs: GraphPlan
+) -> CachePlan:
+    free = device.memory()[0] - graphs.memory_bytes
     checkpoints = config.num_state_checkpoints if config.enable_prefix_caching else 0
     return plan(
         model.state_specs(),
@@ -112,12 +121,17 @@ def plan_cache(model: CausalLM, config: EngineConfig, device: Device, dtype: tor
         kv_cache_tokens=config.kv_cache_tokens,
         num_checkpoints=checkpoints,
         budget_bytes=int(free * CACHE_SHARE.get(device.type, DEFAULT_CACHE_SHARE)),
+        num_dummy_blocks=num_dummy_blocks(graphs, block_size),
+        num_dummy_slots=graphs.num_dummy_rows,
     )
 
 
 def make_scheduler(model: CausalLM, cache: CachePlan, config: EngineConfig, block_size: int) -> tuple[Scheduler, str]:
     """The scheduler, and a line that says what prefix caching does."""
-    states = StatePool(cache.num_slots - 1, cache.num_checkpoints) if cache.num_slots else None
+    states = None
+    if cache.num_slots:
+        dummies = cache.num_dummy_slots
+        states = StatePool(cache.num_slots - dummies, cache.num_checkpoints, dummies)
     rope = model.rotary.config
 
     def cacheable(request: Request, end: int) -> bool:
@@ -125,7 +139,7 @@ def make_scheduler(model: CausalLM, cache: CachePlan, config: EngineConfig, bloc
         return max(end, request.num_prompt_tokens) <= rope.max_position_embeddings
 
     scheduler = Scheduler(
-        BlockPool(cache.num_blocks, block_size, config.enable_prefix_caching),
+        BlockPool(cache.num_blocks, block_size, config.enable_prefix_caching, cache.num_dummy_blocks),
         states,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,

@@ -5,6 +5,8 @@ NOTE: this is the only file of engine, layers and models that may copy from devi
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -14,8 +16,11 @@ from surefoot.cache.plan import CachePlan, LinearStateSpec
 from surefoot.core.batch import KVPages, LinearState
 from surefoot.core.outputs import TokenLogprob
 from surefoot.engine import inputs, sampler
+from surefoot.engine.decode_graphs import DecodeGraphs
+from surefoot.engine.padding import Padding
 from surefoot.engine.scheduler import Schedule, Scheduled
 from surefoot.models.base import CausalLM
+from surefoot.ops.spec import intercepted
 
 # Logits of long prompts are worked off in slices of this size, so that a vocabulary of 248,320 stays affordable.
 LOGITS_BYTES = 128 << 20
@@ -55,7 +60,8 @@ def allocate(model: CausalLM, plan: CachePlan, block_size: int, dtype: torch.dty
 
 
 class Runner:
-    """Owns the model and its cache."""
+    """Owns the model and its cache. `padding` fills steps up to buckets, `graphs` replays captured decode steps; either
+    may be None, and `eagerly` sets the graphs aside for a while."""
 
     def __init__(
         self,
@@ -66,9 +72,11 @@ class Runner:
         dtype: torch.dtype,
         device: torch.device,
         ops_policy: str = "auto",
+        padding: Padding | None = None,
+        graphs: DecodeGraphs | None = None,
     ):
         self.model, self.device, self.block_size = model, device, block_size
-        self.ops_policy = ops_policy
+        self.ops_policy, self.padding, self.graphs = ops_policy, padding, graphs
         self.layers = allocate(model, plan, block_size, dtype, device)
         self.length_dependent_rope = model.rotary.config.depends_on_length
 
@@ -76,22 +84,54 @@ class Runner:
     def run(self, step: Schedule) -> StepResult:
         with ops.use(self.ops_policy):
             self._prepare_states(step)
-            sampling = [(row, item) for row, item in _last_rows(step) if item.samples]
-            batch = inputs.build(
-                step,
-                block_size=self.block_size,
-                layers=self.layers,
-                device=self.device,
-                logits_rows=[row for row, _ in sampling],
-                length_dependent_rope=self.length_dependent_rope,
-            )
-            hidden = self.model(batch)
             result = StepResult()
-            self._sample(hidden, batch.logits_indices, [item for _, item in sampling], result)
-            self._prompt_logits(hidden, step, result)
+            padded = step if self.padding is None else self.padding.pad(step)
+            if not self._replay(padded, step, result):
+                self._eager(padded, result)
             for source, target in step.state_saves:
                 self._copy_state(source, target)
             return result
+
+    def _replay(self, padded: Schedule, step: Schedule, result: StepResult) -> bool:
+        """Run a decode step as a captured graph, if there is one for it and nobody watches the ops."""
+        if self.graphs is None or intercepted():
+            return False
+        decoded = self.graphs.run(padded)
+        if decoded is None:
+            return False
+        rows = [i for i, item in enumerate(step.items) if item.samples]
+        items = [step.items[i] for i in rows]
+        logits, greedy = decoded.logits[: len(step.items)], decoded.greedy[: len(step.items)]
+        if len(rows) < len(step.items):
+            keep = torch.tensor(rows, device=self.device)
+            logits, greedy = logits.index_select(0, keep), greedy.index_select(0, keep)
+        self._choose(logits, items, result, greedy)
+        return True
+
+    def _eager(self, step: Schedule, result: StepResult) -> None:
+        sampling = [(row, item) for row, item in _last_rows(step) if item.samples]
+        batch = inputs.build(
+            step,
+            block_size=self.block_size,
+            layers=self.layers,
+            device=self.device,
+            logits_rows=[row for row, _ in sampling],
+            length_dependent_rope=self.length_dependent_rope,
+        )
+        hidden = self.model(batch)
+        if sampling:
+            logits = self.model.compute_logits(hidden.index_select(0, batch.logits_indices))
+            self._choose(logits, [item for _, item in sampling], result)
+        self._prompt_logits(hidden, step, result)
+
+    @contextlib.contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """Within the block, no graph is replayed."""
+        graphs, self.graphs = self.graphs, None
+        try:
+            yield
+        finally:
+            self.graphs = graphs
 
     def _prepare_states(self, step: Schedule) -> None:
         for slot in step.state_resets:
@@ -109,13 +149,16 @@ class Runner:
             layer.conv[target].copy_(layer.conv[source])
             layer.recurrent[target].copy_(layer.recurrent[source])
 
-    def _sample(self, hidden: torch.Tensor, rows: torch.Tensor, items: list[Scheduled], result: StepResult) -> None:
+    def _choose(
+        self, logits: torch.Tensor, items: list[Scheduled], result: StepResult, greedy: torch.Tensor | None = None
+    ) -> None:
+        """The next token of each item from its row of logits. `greedy`: that choice, packed, where a graph made it."""
         if not items:
             return
         requests = [item.request for item in items]
-        logits = self.model.compute_logits(hidden.index_select(0, rows))
         settings = sampler.build(requests, self.model.vocab_size, self.device)
-        packed = sampler.sample(logits, settings).pack().cpu().numpy()
+        chosen = greedy if greedy is not None and settings.plain else sampler.sample(logits, settings).pack()
+        packed = chosen.cpu().numpy()
         tokens = sampler.unpack(packed, [r.params.logprobs for r in requests])
         result.tokens = {r.request_id: token for r, token in zip(requests, tokens)}
 

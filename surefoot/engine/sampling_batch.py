@@ -69,6 +69,11 @@ class SamplingBatch:
     num_logprobs: int | None = None
     logprob_rows: torch.Tensor | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether every row is greedy and nothing else is wanted."""
+        return self.edits is None and not self.draws and self.num_logprobs is None
+
 
 def build(rows: Sequence[Request], vocab_size: int, device: torch.device | str) -> SamplingBatch:
     """Tensors for the next token of each request, in the order of the logits' rows."""

@@ -131,6 +131,11 @@ def intercept(handler: Handler) -> Iterator[None]:
         _handler.reset(token)
 
 
+def intercepted() -> bool:
+    """Whether op calls go through a handler here; a captured graph would pass it by."""
+    return _handler.get() is not None
+
+
 def chosen() -> dict[str, str]:
     """Which implementation each op took last, by "op/device"."""
     return dict(_chosen)

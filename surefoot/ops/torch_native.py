@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from surefoot.device.graphs import is_capturing
 from surefoot.ops.attention import gather_pages
 from surefoot.ops.delta import prepare
 from surefoot.ops.spec import register
@@ -15,7 +16,37 @@ from surefoot.ops.spec import register
 CHUNK = 64
 
 
-@register("paged_attention", "any", "sdpa")
+def _any_shape(*args, **kwargs) -> bool:
+    """A graph would bake the lengths in that are read on the host here."""
+    return not is_capturing()
+
+
+def _single_tokens(q, k_cache, v_cache, block_table, *rest, **named) -> bool:
+    return is_capturing() and q.shape[0] == block_table.shape[0]
+
+
+@register("paged_attention", "any", "padded", supports=_single_tokens)
+def paged_attention_padded(
+    q, k_cache, v_cache, block_table, query_start_loc, seq_lens, query_lens_host, seq_lens_host, scale
+):
+    """For graphs of decode steps: every row reads as many pages as the table is wide, and a mask from `seq_lens` on the
+    device hides the rest. Costs the longest possible sequence at every step."""
+    n, heads, dim = q.shape
+    kv_heads, width = k_cache.shape[2], block_table.shape[1] * k_cache.shape[1]
+    held = torch.arange(width, device=q.device) < seq_lens.unsqueeze(-1)
+
+    def gather(cache):
+        # NOTE: pages that nobody wrote may hold NaN, which a mask on the scores alone would let through.
+        rows = cache.index_select(0, block_table.flatten()).view(n, width, kv_heads, dim)
+        return rows.masked_fill(~held[..., None, None], 0.0).transpose(1, 2)
+
+    grouped = q.view(n, kv_heads, heads // kv_heads, dim)
+    mask = held[:, None, None, :]
+    out = F.scaled_dot_product_attention(grouped, gather(k_cache), gather(v_cache), attn_mask=mask, scale=scale)
+    return out.view(n, heads, dim)
+
+
+@register("paged_attention", "any", "sdpa", supports=_any_shape)
 def paged_attention_sdpa(
     q, k_cache, v_cache, block_table, query_start_loc, seq_lens, query_lens_host, seq_lens_host, scale
 ):

@@ -119,9 +119,11 @@ class Recorder(TorchDispatchMode):
         if self._update is not None:
             return self._replace(str(func), func, args, kwargs)
         result = func(*args, **kwargs)
-        # A view is its base's memory: nothing happens at replay.
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        return self._add(str(func), func, args, kwargs, result, rerun=not view and packet not in UNINITIALISED)
+        # NOTE: the schema does not say it: `to` or `reshape` may return a view, which is nothing at replay, or a copy.
+        inputs = {self._base(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)}
+        fresh = any(self._base(t) not in inputs for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor))
+        rerun = func._schema.is_mutable or (fresh and packet not in UNINITIALISED)
+        return self._add(str(func), func, args, kwargs, result, rerun=rerun)
 
     def _on_op(self, spec: OpSpec, args: tuple, kwargs: dict, run: Callable[[], Any]) -> Any:
         def again(*baked: Any, **named: Any) -> Any:
