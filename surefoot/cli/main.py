@@ -17,6 +17,7 @@ from surefoot import __version__
 from surefoot.cli import (
     audit,
     bench,
+    bringup,
     calibrate,
     doctor,
     estimate,
@@ -64,6 +65,7 @@ def _globals(
     """Options before the verb. `--debug` is taken out of the arguments in `run_cli`; it stands here for the help."""
 
 
+app.command("bringup", short_help="Check, prove, measure, and write the report.")(bringup.bringup)
 app.command("run", short_help="Answer one prompt, a file of prompts, or chat.")(run.run)
 app.command("serve", short_help="Serve a model in OpenAI's protocol.")(serve.serve)
 app.command("selftest", short_help="Check that a device computes right.")(selftest.selftest)

@@ -43,6 +43,12 @@ class Progress:
         self._task = self._bar.add_task(what, total=None)
         self._bar.start()
 
+    def pause(self) -> None:
+        """Take the bar away, so that a line can be printed; the next call brings it back."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
     def __enter__(self) -> Progress:
         return self
 

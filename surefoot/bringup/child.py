@@ -1,0 +1,95 @@
+"""One stage (or the server of the load stage) in a process of its own: `python -m surefoot.bringup.child DIR STAGE`.
+
+A kernel that crashes takes its stage with it and not the run, memory is given back between stages, and a peak of
+memory is the stage's own. On stdout goes one JSON object per line, progress and at last the end; whatever libraries
+print goes to stderr, which the parent keeps as logs/STAGE.log. Stdin is the parent's sign of life.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+from surefoot.bringup.folder import DiskError, RunFolder, cannot_write
+from surefoot.bringup.settings import BringupSettings
+from surefoot.bringup.stages.base import Work
+from surefoot.core.errors import SurefootError
+
+SERVER = "server"
+NO_SPACE = (27, 28, 30, 122)  # EFBIG, ENOSPC, EROFS, EDQUOT
+
+
+def end_with_parent() -> None:
+    """End this process as soon as the other end of stdin is gone, however the parent died."""
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def main(folder: str, what: str) -> int:
+    messages = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+    end_with_parent()
+
+    def say(message: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            messages.write(json.dumps(message, ensure_ascii=False, default=str) + "\n")
+
+    run = RunFolder.open(Path(folder))
+    settings = BringupSettings.from_dict(run.manifest["settings"])
+    work = Work(settings, run, lambda text, done: say({"what": text, "fraction": done}))
+    try:
+        perform(work, what, say)
+    except DiskError as error:
+        say({"error": str(error), "kind": "disk"})
+    except SurefootError as error:
+        disk = isinstance(error.__cause__, OSError) and error.__cause__.errno in NO_SPACE
+        say({"error": str(error), "kind": "disk" if disk else "input"})
+    except OSError as error:
+        traceback.print_exc()
+        if error.errno in NO_SPACE:
+            say({"error": str(cannot_write(run.path / what, error)), "kind": "disk"})
+        else:
+            say({"error": brief(error), "kind": "bug"})
+    except Exception as error:
+        traceback.print_exc()
+        say({"error": brief(error), "kind": "bug"})
+    else:
+        return 0
+    return 1
+
+
+def perform(work: Work, what: str, say: Any) -> None:
+    if what == SERVER:
+        from surefoot.bringup.server import serve
+
+        return serve(work, say)
+    from surefoot.bringup.stages.order import BY_NAME
+
+    record = BY_NAME[what].run(work)
+    if record is not None:
+        work.folder.write(what, record)
+    say({"done": True})
+    return None
+
+
+def brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1], sys.argv[2])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads of a device library must not keep a finished stage alive

@@ -1,0 +1,7 @@
+"""placeholder"""
+
+from pathlib import Path
+
+
+def render(path: Path, languages):
+    return ["README.md"]
