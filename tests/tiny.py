@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 LLAMA = {
@@ -86,9 +87,14 @@ def reference(name: str):
     """The transformers model of a named config: fp32, eager attention, norms and biases random too."""
     import transformers
 
+    from surefoot.weights.hf_config import rope_of_version_4
+
     family, changes = CONFIGS[name]
+    if family == "qwen3.5" and not hasattr(transformers, "Qwen3_5TextConfig"):
+        pytest.skip(f"transformers {transformers.__version__} has no Qwen3.5 (5.2 and newer have)")
     if family == "llama":
         config = transformers.LlamaConfig(**(LLAMA | changes))
+        rope_of_version_4(config)
         cls = transformers.LlamaForCausalLM
     else:
         config = transformers.Qwen3_5TextConfig(**(QWEN | changes))

@@ -15,6 +15,7 @@ import torch
 from surefoot.analyze.registry import Registry
 from surefoot.analyze.trace import Tracer
 from surefoot.core.errors import ModelError
+from surefoot.weights.hf_config import read_config
 
 # In the order in which they are tried.
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModel")
@@ -29,13 +30,7 @@ def trace_folder(
     folder: Path, registry: Registry, *, dtype: str = "auto", batch: int = 8, prompt: int = 512
 ) -> tuple[Tracer, Tracer, str | None]:
     """(prefill, decode, None or why the trace is incomplete) of the model in a folder with a config.json."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except Exception as error:  # each architecture has its own way to dislike a config
-        raise ModelError(f"transformers cannot read {folder}/config.json: {first_line(error)}") from None
-    return trace_config(config, registry, dtype=dtype, batch=batch, prompt=prompt)
+    return trace_config(read_config(folder), registry, dtype=dtype, batch=batch, prompt=prompt)
 
 
 def trace_config(

@@ -26,6 +26,7 @@ from surefoot.engine import sampler
 from surefoot.engine.outputs import Accumulator, OutputProcessor
 from surefoot.weights.checkpoint import Checkpoint
 from surefoot.weights.fingerprint import fingerprint
+from surefoot.weights.hf_config import read_config
 from surefoot.weights.hub import resolve
 from surefoot.weights.tokenizer import Tokenizer
 
@@ -33,12 +34,14 @@ from surefoot.weights.tokenizer import Tokenizer
 class TransformersBackend:
     name = "transformers"
 
-    def __init__(self, model_ref: str, config: EngineConfig):
+    def __init__(self, model_ref: str, config: EngineConfig, model: Any = None):
+        """model: transformers' model, built already, in place of the one that is read from the folder."""
         device = get_device(config.device)
         self.device, self.model_ref = device.torch_device, model_ref
         dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
         folder = resolve(model_ref)
-        self.model = _load(str(folder), dtype, config.random_weights).to(self.device).eval()
+        loaded = _load(str(folder), dtype, config.random_weights) if model is None else model
+        self.model = loaded.to(self.device).eval()
         self.dtype = dtype
         checkpoint = Checkpoint(folder)
         stored = config.random_weights is None and checkpoint.has_weights
@@ -115,9 +118,10 @@ def _load(folder: str, dtype: torch.dtype, seed: int | None):
 
     with _quiet():
         try:
+            config = read_config(folder)
             if seed is None:
-                return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+                auto = transformers.AutoModelForCausalLM
+                return auto.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
             return _random(transformers.AutoModelForCausalLM.from_config(config, dtype=dtype), folder, seed, dtype)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from error
