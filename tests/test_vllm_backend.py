@@ -278,3 +278,35 @@ def test_serve_says_why_vllm_died(fake):
 def test_flags_of_vllm_belong_to_it(capsys):
     assert run_cli(["serve", "canary-llama", "--tensor-parallel-size", "2"]) == 2
     assert "--tensor-parallel-size belongs to --backend vllm" in capsys.readouterr().err
+
+
+def test_a_proof_and_a_benchmark_of_two_starts_are_one_configuration(fake):
+    from surefoot.core import confighash
+
+    found = []
+    for _ in range(2):
+        with open_vllm("canary-llama", EngineConfig(), fake()) as served:
+            found.append(confighash.identity(served.backend().info(), "canary-llama"))
+    assert found[0] == found[1]
+    assert found[0]["weights_digest"].startswith("sha256:")
+    with open_vllm("canary-llama", EngineConfig(max_num_seqs=3), fake()) as served:
+        other = confighash.identity(served.backend().info(), "canary-llama")
+    assert confighash.digest(other) != confighash.digest(found[0])
+
+
+@pytest.mark.slow
+def test_a_real_vllm_is_proven_measured_and_served(tmp_path):
+    """Run it with a `vllm` for this machine's CPU on the path; see docs/vllm.md."""
+    if shutil.which("vllm") is None:
+        pytest.skip("no `vllm` on the path")
+    common = ["canary-llama", "--backend", "vllm", "--dtype", "bfloat16", "--gpu-memory-utilization", "0.08"]
+    proof, record = tmp_path / "proof.json", tmp_path / "bench.json"
+    assert run_cli(["verify", *common, "-o", str(proof)]) == 0
+    few = ["--concurrency", "4", "--requests", "8", "--prompt-len", "16", "--output-len", "8"]
+    assert run_cli(["bench", *common, *few, "--proof", str(proof), "-o", str(record)]) == 0
+    data = json.loads(record.read_text())
+    assert data["proof"]["status"] == "PROVEN"
+    assert data["points"][0]["completed"] == 8
+    with open_vllm("canary-llama", EngineConfig(), VllmSettings(gpu_memory_utilization=0.08)) as served:
+        answer = served.backend().chat([{"role": "user", "content": "What is the capital of France?"}], 16)
+    assert answer.text == "The capital of France is Paris."

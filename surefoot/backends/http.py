@@ -136,8 +136,13 @@ class HttpBackend:
         self.concurrency, self.refusal, self._reached = concurrency, "", False
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        near = self.url.split("://", 1)[1].startswith(("127.", "localhost", "[::1]"))  # never through a proxy
         self._client = httpx.Client(
-            base_url=self.url, headers=headers, timeout=httpx.Timeout(timeout, connect=10.0), limits=limits
+            base_url=self.url,
+            headers=headers,
+            timeout=httpx.Timeout(timeout, connect=10.0),
+            limits=limits,
+            trust_env=not near,
         )
         self.card = self._card(model)
         self.model: str = self.card["id"]

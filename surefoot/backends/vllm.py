@@ -10,6 +10,7 @@ This is the way past one device and one machine. vLLM computes on the device tha
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from surefoot.backends.http import HttpBackend
 from surefoot.backends.managed import ManagedServer, ServerError, free_port
 from surefoot.backends.vllm_flags import check_effective, child_environment, engine_flags, reported
 from surefoot.core.config import EngineConfig
-from surefoot.core.errors import DeviceError, InputError, SurefootError
+from surefoot.core.errors import DeviceError, InputError, ModelError, SurefootError
 from surefoot.core.vllm import VllmSettings
 
 Progress = Callable[[str, "float | None"], None]
@@ -62,6 +63,7 @@ class Served:
     flags: list[str]
     versions: dict[str, str]
     effective: dict[str, Any]
+    files: dict[str, str | None]
 
     @property
     def url(self) -> str:
@@ -71,7 +73,7 @@ class Served:
         """Who computes here, without what differs from start to start (port, process)."""
         known = {k: v for k, v in self.effective.items() if k != "version"}
         facts = {"backend": "vllm", "model": self.model, "device": self.device, "dtype": known.get("dtype")}
-        return facts | {"flags": self.flags, "effective": known, "versions": self.versions}
+        return facts | self.files | {"flags": self.flags, "effective": known, "versions": self.versions}
 
     def backend(self, **options: Any) -> VllmBackend:
         return VllmBackend(self, **options)
@@ -113,7 +115,8 @@ def open_vllm(
     check_device(config.device, versions)
     port = free_port(host, port)
     names = list(names) or [model]
-    command = [executable, "serve", str(resolve(model, progress=progress)), "--host", host, "--port", str(port)]
+    folder = resolve(model, progress=progress)
+    command = [executable, "serve", str(folder), "--host", host, "--port", str(port)]
     command += ["--served-model-name", *names, *server_flags, *flags]
     command += ["--api-key", *api_keys] if len(api_keys) > 1 else []
     log = Path(vllm.vllm_log) if vllm.vllm_log else _temporary_log()
@@ -125,7 +128,7 @@ def open_vllm(
         device = config.device if effective.get("device") else f"{config.device} (not confirmed by vLLM)"
         key = api_keys[0] if api_keys else None
         try:
-            yield Served(process, model, names[0], key, device, flags, versions, effective)
+            yield Served(process, model, names[0], key, device, flags, versions, effective, _digests(folder))
         except ServerError:
             raise
         except SurefootError as error:
@@ -177,6 +180,18 @@ def check_device(device: str, versions: dict[str, str]) -> None:
             f"this vLLM computes on {built}, not on {kind}: say --device {built}, or name another installation with "
             "--vllm-executable FILE"
         )
+
+
+def _digests(folder: Path) -> dict[str, str | None]:
+    """Which model this is, for the configuration hash."""
+    from surefoot.weights.checkpoint import Checkpoint
+    from surefoot.weights.fingerprint import fingerprint
+
+    config = folder / "config.json"
+    with contextlib.suppress(ModelError):
+        weights = fingerprint(Checkpoint(folder))
+        return {"config_sha256": hashlib.sha256(config.read_bytes()).hexdigest(), "weights_digest": weights}
+    return {"config_sha256": None, "weights_digest": None}
 
 
 def _temporary_log() -> Path:

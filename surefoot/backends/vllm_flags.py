@@ -6,6 +6,7 @@ what was asked for. Tried with vLLM 0.32; the flags are those that vLLM-Ascend's
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -23,6 +24,7 @@ REFUSED = {
     "num_state_checkpoints": "vLLM keeps recurrent states its own way",
     "ops": "vLLM has kernels of its own: --ops belongs to the native backend",
     "random_weights": "vLLM draws other weights from a seed: --vllm-args='--load-format dummy' takes its own",
+    "token_buckets": "vLLM chooses them itself",
     "quant": "vLLM does not quantise this way while loading: `surefoot quantize MODEL --scheme ... -o DIR`, then DIR",
     "quant_group_size": "it belongs to --quant",
     "quant_lm_head": "it belongs to --quant",
@@ -37,6 +39,7 @@ REPORTED = {
     "enforce_eager": r"\benforce_eager=(\w+)",
     "tensor_parallel_size": r"\btensor_parallel_size=(\d+)",
     "pipeline_parallel_size": r"\bpipeline_parallel_size=(\d+)",
+    "graph_mode": r"cudagraph_mode\W+CUDAGraphMode\.(\w+)",
     "kv_cache_dtype": r"\bkv_cache_dtype=(\w+)",
     "seed": r"\bseed=(\d+)",
     "enable_prefix_caching": r"\benable_prefix_caching=(\w+)",
@@ -78,8 +81,12 @@ def _blocks(config: EngineConfig) -> int | None:
 
 
 def _graph(config: EngineConfig) -> list[str]:
-    mode = getattr(config, "graph", "auto")
-    return {"off": ["--enforce-eager"], "full": ["--compilation-config", '{"cudagraph_mode": "FULL"}']}.get(mode, [])
+    if config.graph == "off":
+        return ["--enforce-eager"]
+    wanted: dict[str, Any] = {"cudagraph_mode": "FULL_DECODE_ONLY"} if config.graph == "full" else {}
+    if config.batch_buckets is not None:
+        wanted["cudagraph_capture_sizes"] = list(config.batch_buckets)
+    return ["--compilation-config", json.dumps(wanted)] if wanted else []
 
 
 def child_environment(config: EngineConfig, vllm: VllmSettings, api_key: str | None) -> dict[str, str]:
@@ -129,8 +136,10 @@ def check_effective(config: EngineConfig, vllm: VllmSettings, effective: Mapping
         "tensor_parallel_size": vllm.tensor_parallel_size,
         "pipeline_parallel_size": vllm.pipeline_parallel_size,
         "quantization": vllm.quantization,
-        "enforce_eager": True if getattr(config, "graph", "auto") == "off" else None,
+        "enforce_eager": True if config.graph == "off" else None,
     }
+    if config.graph == "full" and "FULL" not in effective.get("graph_mode", "FULL"):
+        raise InputError(f"--graph full was asked for, vLLM runs with {effective['graph_mode']}: say --graph auto")
     for name, value in wanted.items():
         if value is not None and name in effective and str(value) != effective[name]:
             flag = name.replace("_", "-")

@@ -91,11 +91,19 @@ def bench_server(
     endpoint: str = "completions",
     proof: NamedProof | None = None,
     progress: Progress | None = None,
+    managed: Mapping[str, Any] | None = None,
+    start_s: float | None = None,
 ) -> dict[str, Any]:
-    """Measure an OpenAI-compatible server; returns the document."""
+    """Measure an OpenAI-compatible server; returns the document.
+
+    managed: what is known of a server that was started for this.  start_s: how long that took until it answered.
+    """
     target = open_target(url, model, api_key, endpoint, settings.timeout)
-    facts = confighash.identity(target.info(), url)
-    data = new_data("server", target.info(), facts, _state(proof, facts))
+    info = target.info() if managed is None else target.info() | dict(managed)
+    facts = confighash.identity(info, url)
+    data = new_data("server", info, facts, _state(proof, facts))
+    if start_s is not None:
+        data["load"] = {"seconds": start_s}
     bench = ServerBench(target, settings, api_key, progress)
     data |= {"model": target.backend.model, "settings": vars(settings)}
     data["request"] = {

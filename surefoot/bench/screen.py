@@ -57,6 +57,8 @@ def _head(data: Data) -> RenderableType:
     if data["mode"] == "engine":
         _engine_head(grid, data)
     else:
+        if data.get("load"):
+            grid.add_row("start", f"{data['load']['seconds']:.1f} s until the server answered")
         request = data["request"]
         fields = ", ".join(request["extra_fields"]) or "none"
         grid.add_row("requests", f"{request['endpoint']}, {request['prompt_form']}, extra fields: {fields}")

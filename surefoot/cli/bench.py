@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surefoot.cli.flags import ENGINE, flags
+from surefoot.cli.flags import ENGINE, VLLM, flags
 from surefoot.core.config import EngineConfig
 from surefoot.core.errors import InputError
+from surefoot.core.vllm import VllmSettings
 
 if TYPE_CHECKING:
     from surefoot.bench.run import NamedProof
@@ -22,7 +23,7 @@ Model = Annotated[
 ]
 
 
-Backend = Annotated[str, typer.Option(metavar="NAME", help="native or transformers.")]
+Backend = Annotated[str, typer.Option(metavar="NAME", help="native, transformers, or vllm: a `vllm serve` of its own.")]
 Batch = Annotated[str | None, typer.Option(metavar="N,N,...", help="Sequences together, in process [1,2,4,8].")]
 PromptLen = Annotated[str | None, typer.Option(metavar="N,N,...", help="Prompt lengths in tokens [128].")]
 OutputLen = Annotated[str | None, typer.Option(metavar="N,N,...", help="Output lengths in tokens [32; 64 with --url].")]
@@ -73,6 +74,7 @@ SERVER = (
 )  # fmt: skip
 
 
+@flags(VllmSettings, "vllm", VLLM)
 @flags(EngineConfig, "config", ENGINE)
 def bench(
     model: Model = None,
@@ -105,6 +107,7 @@ def bench(
     definitions: Definitions = False,
     *,
     config: EngineConfig,
+    vllm: VllmSettings,
 ) -> None:
     """Measure load, prefill, decode, memory and capacity in process; or latency and throughput of a server.
 
@@ -115,6 +118,7 @@ def bench(
       surefoot bench canary-llama --batch 1,2,4,8 --prompt-len 16,64 --output-len 10,20,50
       surefoot bench DIR --device npu:0 --proof proof.json -o bench.json
       surefoot bench --url http://localhost:8000 --concurrency 1,8,32 --goodput ttft:500,tpot:50
+      surefoot bench DIR --backend vllm --device npu --tensor-parallel-size 8 --concurrency 1,32
       surefoot bench --url http://localhost:8000 --trace trace.csv --requests 500 --trace-speed 10
     """
     given = dict(locals())
@@ -122,12 +126,10 @@ def bench(
         from surefoot.bench.screen import show_definitions
 
         return show_definitions()
-    _check_mode(model, url, given)
-    from surefoot.cli.progress import Progress
-
-    named = _named(proof)
-    with Progress() as progress:
-        data = _server(given, named, progress) if url else _engine(given, config, named, progress)
+    _check_mode(model, url, backend, given)
+    if backend != "vllm":
+        vllm.check_unused(backend)
+    data = _measured(given, config, vllm, _named(proof))
     if as_json:
         print(json.dumps(data, ensure_ascii=False, default=str))
     else:
@@ -137,13 +139,31 @@ def bench(
     return None
 
 
-def _check_mode(model: str | None, url: str | None, given: dict[str, Any]) -> None:
+def _measured(
+    given: dict[str, Any], config: EngineConfig, vllm: VllmSettings, proof: NamedProof | None
+) -> dict[str, Any]:
+    from surefoot.cli.progress import Progress
+
+    if given["backend"] == "vllm":
+        from surefoot.cli.vllm import started
+
+        with started(given["model"], config, vllm) as served, Progress() as progress:
+            place = {"url": served.url, "url_model": served.served_name}
+            return _server(given | place, proof, progress, served.info(), served.process.start_s)
+    with Progress() as progress:
+        return _server(given, proof, progress) if given["url"] else _engine(given, config, proof, progress)
+
+
+def _check_mode(model: str | None, url: str | None, backend: str, given: dict[str, Any]) -> None:
     if (model is None) == (url is None):
         raise InputError("give a MODEL to measure in process, or --url URL to measure a server: one of the two")
-    foreign = IN_PROCESS if url else SERVER
+    if url and backend == "vllm":
+        raise InputError("--url is a server that runs already, --backend vllm starts one: give one of the two")
+    served = url is not None or backend == "vllm"
+    foreign = IN_PROCESS if served else SERVER
     if wrong := next((name for name in foreign if given[name] is not None), None):
         flag = {"url_model": "model"}.get(wrong, wrong).replace("_", "-")
-        raise InputError(f"--{flag} belongs to {'a benchmark in process' if url else '--url'}: leave it out")
+        raise InputError(f"--{flag} belongs to {'a benchmark in process' if served else '--url'}: leave it out")
     if given["rate"] and given["concurrency"]:
         raise InputError("--rate is an open loop, --concurrency a closed one: give one of the two")
     if given["trace"] and (given["rate"] or given["concurrency"] or given["prompts"]):
@@ -182,7 +202,13 @@ def _calibrated(path: Path | None, name: str) -> Peaks | None:
     raise InputError(f"{path} was measured on {found.device_name}, and this is {device.name()}: calibrate here")
 
 
-def _server(given: dict[str, Any], proof: NamedProof | None, progress: Any) -> dict[str, Any]:
+def _server(
+    given: dict[str, Any],
+    proof: NamedProof | None,
+    progress: Any,
+    managed: dict[str, Any] | None = None,
+    start_s: float | None = None,
+) -> dict[str, Any]:
     from surefoot.bench.metrics import parse_targets
     from surefoot.bench.run import bench_server
     from surefoot.bench.server import MAX_REQUESTS, ServerSettings
@@ -207,6 +233,8 @@ def _server(given: dict[str, Any], proof: NamedProof | None, progress: Any) -> d
         endpoint=given["endpoint"] or "completions",
         proof=proof,
         progress=progress,
+        managed=managed,
+        start_s=start_s,
     )
 
 

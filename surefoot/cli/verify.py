@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from surefoot.cli.flags import ENGINE, flags
+from surefoot.cli.flags import ENGINE, VLLM, flags
 from surefoot.core.config import EngineConfig
 from surefoot.core.errors import InputError, SurefootError
+from surefoot.core.vllm import VllmSettings
 
 if TYPE_CHECKING:
+    from surefoot.verify.proof import Proof
     from surefoot.verify.shapes import VerifySettings
 
 NOT_YET = {
     "quant": "--quant: this engine has no quantised schemes yet; prove the float model",
     "graph": "--graph: this engine has no graph mode yet; everything runs eagerly",
-    "vllm": "--backend vllm is not there yet: start `vllm serve` and prove it with --url http://HOST:PORT",
 }
 
 TARGET = {name: ENGINE[name] for name in ("device", "dtype", "ops", "random_weights", "num_threads")}
@@ -25,7 +26,7 @@ OptionalModel = Annotated[
     str | None,
     typer.Argument(metavar="MODEL", help="A model folder, canary-..., hf:ORG/NAME or modelscope:ORG/NAME."),
 ]
-Backend = Annotated[str, typer.Option(metavar="NAME", help="The target: native or transformers.")]
+Backend = Annotated[str, typer.Option(metavar="NAME", help="The target: native, transformers or vllm.")]
 Url = Annotated[str | None, typer.Option(metavar="URL", help="An OpenAI-compatible server as the target instead.")]
 Name = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="Which model of the server; default its only.")
@@ -52,6 +53,7 @@ Quant = Annotated[str | None, typer.Option(metavar="SCHEME", hidden=True)]
 Graph = Annotated[bool, typer.Option("--graph", hidden=True)]
 
 
+@flags(VllmSettings, "vllm", VLLM)
 @flags(EngineConfig, "config", TARGET)
 def verify(
     model: OptionalModel = None,
@@ -69,6 +71,7 @@ def verify(
     graph: Graph = False,
     *,
     config: EngineConfig,
+    vllm: VllmSettings,
 ) -> None:
     """Compare a model on a device, token by token, with transformers in fp32 on the CPU.
 
@@ -81,9 +84,10 @@ def verify(
       surefoot verify DIR --device npu:0 --dtype bfloat16 -o proof.json
       surefoot verify DIR --random-weights 0             # a folder with only a config.json
       surefoot verify DIR --url http://localhost:8000    # any OpenAI-compatible server of the same model
+      surefoot verify DIR --backend vllm --device npu    # a `vllm serve` of its own
       surefoot verify --drill                            # does the proof find what it should?
     """
-    for given, what in ((quant, "quant"), (graph, "graph"), (backend == "vllm", "vllm")):
+    for given, what in ((quant, "quant"), (graph, "graph")):
         if given:
             raise InputError(NOT_YET[what])
     if drill:
@@ -104,20 +108,22 @@ def verify(
         skip_parity=skip_parity,
         measure_sensitivity=sensitivity,
     )
-    if code := _prove(settings, output):
+    if backend != "vllm":
+        vllm.check_unused(backend)
+    elif url is not None:
+        raise InputError("--url is a server that runs already, --backend vllm starts one: give one of the two")
+    if code := _prove(settings, output, (config, vllm)):
         raise typer.Exit(code)
 
 
-def _prove(settings: VerifySettings, output: Path) -> int:
-    from surefoot.cli.progress import Progress
-    from surefoot.verify import report_text, run
+def _prove(settings: VerifySettings, output: Path, vllm: tuple[EngineConfig, VllmSettings]) -> int:
+    from surefoot.verify import report_text
 
     if output.is_dir() or not output.parent.is_dir():
         raise InputError(f"cannot write {output}: give a file in a folder that exists")
     partial = output.with_suffix(".partial" + output.suffix)
     try:
-        with Progress() as progress:
-            proof = run.prove(settings, progress, partial)
+        proof = _work(settings, partial, vllm)
     except SurefootError as error:
         if partial.exists():
             raise type(error)(f"{error}; what was found until then is in {partial}") from error
@@ -127,6 +133,19 @@ def _prove(settings: VerifySettings, output: Path) -> int:
     print("\n".join(report_text.lines(proof)))
     print(f"  proof    {output}, sha256 {proof.data['seal'][:16]}")
     return proof.exit_code
+
+
+def _work(settings: VerifySettings, partial: Path, vllm: tuple[EngineConfig, VllmSettings]) -> Proof:
+    from surefoot.cli.progress import Progress
+    from surefoot.verify import remote, run
+
+    if settings.backend != "vllm":
+        with Progress() as progress:
+            return run.prove(settings, progress, partial)
+    from surefoot.cli.vllm import started
+
+    with started(settings.model, *vllm) as served, Progress() as progress:
+        return remote.prove_endpoint(settings, progress, partial, served.backend())
 
 
 def _drill() -> int:

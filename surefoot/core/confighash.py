@@ -20,6 +20,8 @@ FACTS = (
     "backend", "architecture", "num_parameters", "weights_digest", "device", "device_name", "dtype", "quant",
     "attention",
 )  # fmt: skip
+# A server that we started ourselves.
+MANAGED = ("backend", "model", "weights_digest", "config_sha256", "device", "flags", "effective", "versions")
 SERVED = ("backend", "url", "model", "root", "owned_by", "dtype", "device")
 VERSIONS = ("surefoot", "torch", "transformers")
 
@@ -35,6 +37,8 @@ def identity(
     """The facts of one configuration. `info` is what a backend says of itself; `config_sha256` that of config.json."""
     if info.get("backend") == "http":
         return {key: info.get(key) for key in SERVED}
+    if info.get("backend") == "vllm":
+        return {key: info.get(key) for key in MANAGED}
     versions = info.get("versions") or {}
     return {
         **{key: info.get(key) or None for key in FACTS},

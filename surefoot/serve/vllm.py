@@ -53,8 +53,8 @@ def run_vllm(
             server_flags=flags,
             progress=progress,
         ) as served:
-            say(start_line(served, settings))
             try:
+                say(start_line(served, settings))
                 served.process.wait()
             except KeyboardInterrupt:
                 say("stopping vLLM ...")

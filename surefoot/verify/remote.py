@@ -7,6 +7,7 @@ import datetime
 from pathlib import Path
 from typing import Any
 
+from surefoot.backends.http import EndpointError, HttpBackend
 from surefoot.verify import gate, texts
 from surefoot.verify.judge import RULES
 from surefoot.verify.prompts import digest
@@ -15,14 +16,19 @@ from surefoot.verify.shapes import Finding, Progress, VerifySettings
 from surefoot.weights.hub import resolve
 
 
-def prove_endpoint(settings: VerifySettings, progress: Progress | None = None, partial: Path | None = None) -> Proof:
-    """Compare a server with the reference as far as it lets itself be looked at."""
-    from surefoot.backends.http import EndpointError, HttpBackend
+def prove_endpoint(
+    settings: VerifySettings,
+    progress: Progress | None = None,
+    partial: Path | None = None,
+    target: HttpBackend | None = None,
+) -> Proof:
+    """Compare a server with the reference as far as it lets itself be looked at. target: one that is known already."""
     from surefoot.verify.endpoint import verify_endpoint
     from surefoot.verify.run import open_reference
 
-    assert settings.url is not None
-    target = HttpBackend(settings.url, settings.url_model, settings.api_key)
+    if target is None:
+        assert settings.url is not None
+        target = HttpBackend(settings.url, settings.url_model, settings.api_key)
     reference = open_reference(settings)
     try:
         found = verify_endpoint(reference, target, settings, progress)
