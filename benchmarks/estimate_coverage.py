@@ -5,7 +5,9 @@
 MODEL is a folder with a config.json; its weights are random. Inside the timed region: `Engine.step()`, with scheduling,
 the forward pass, the head and the choice of the token. Prints coverage and mean absolute error by phase, and what was
 expected beside what was measured for each op class (the latter with a wait after each op). Run it on a quiet machine,
-after a calibration on the same quiet machine: a busy one measures its neighbours.
+after a calibration on the same quiet machine: a busy one measures its neighbours. In pieces of a few minutes:
+
+    for n in 32 128 512; do python benchmarks/estimate_coverage.py --lengths $n --output points.json; done
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,11 +29,21 @@ from surefoot.device import get_device
 from surefoot.engine.engine import Engine
 from surefoot.quant.schemes import scheme
 
+Point = tuple[str, dict[str, int], Step]
 
-def grid(args: argparse.Namespace) -> list[tuple[str, dict[str, int], Step]]:
-    points = [("prefill", {"prompt": n}, prefill_steps(n, n)[0]) for n in args.lengths]
-    decodes = [(b, n) for n in args.lengths for b in args.batches]
-    return points + [("decode", {"batch": b, "context": n}, decode_step(b, n)) for b, n in decodes]
+
+def measured(engine: Engine, args: argparse.Namespace) -> Iterator[tuple[Point, float]]:
+    """Every point with its median seconds. One prefill per length: the batch is thinned out from the largest down."""
+    for length in args.lengths:
+        step = prefill_steps(length, length)[0]
+        seconds = statistics.median(probes.seconds(engine, "prefill", step, args.repeats))
+        yield ("prefill", {"prompt": length}, step), seconds
+        with probes.decoding(engine, decode_step(max(args.batches), length)) as ids:
+            for batch in sorted(args.batches, reverse=True):
+                probes.drop(engine, ids[batch:])
+                probes.timed(engine)
+                seconds = statistics.median(probes.timed(engine) for _ in range(args.repeats))
+                yield ("decode", {"batch": batch, "context": length}, decode_step(batch, length)), seconds
 
 
 def integers(text: str) -> list[int]:
@@ -46,7 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", type=integers, default=[32, 128, 512])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--calibration", type=Path, help="default: the one that `surefoot calibrate` saved")
-    parser.add_argument("--output", type=Path, help="write the points as JSON")
+    parser.add_argument("--output", type=Path, help="add the points to this JSON file, and sum up all")
     return parser.parse_args()
 
 
@@ -64,7 +77,7 @@ def main() -> None:
         dtype="bfloat16" if quant else args.dtype,
         quant=quant,
         random_weights=0,
-        max_model_len=longest + 16,
+        max_model_len=longest + 64,
         max_num_seqs=most,
         max_num_batched_tokens=max(longest + 16, 2048),
         kv_cache_tokens=(longest + 256) * most,
@@ -76,20 +89,19 @@ def main() -> None:
     paper = sketch(config, getattr(torch, asked.dtype), scheme(quant) if quant else None)
     records = []
     print(f"{'phase':8}{'point':32}{'low':>10}{'expected':>10}{'high':>10}{'measured':>10}  ms")
-    for phase, point, step in grid(args):
-        cost = step_cost(paper.model, step, paper.dtype, engine.info.block_size)
-        interval = rates.interval(cost, phase)
-        probes.run(engine, phase, step)
-        measured = statistics.median(probes.run(engine, phase, step) for _ in range(args.repeats))
-        held = interval.holds(measured)
-        record = {"phase": phase, **point, **vars(interval), "measured": measured, "held": held}
+    for (phase, point, step), seconds in measured(engine, args):
+        interval = rates.interval(step_cost(paper.model, step, paper.dtype, engine.info.block_size), phase)
+        held = interval.holds(seconds)
+        record = {"dtype": args.dtype, "phase": phase, **point, **vars(interval), "measured": seconds, "held": held}
         records.append(record)
         numbers = "".join(f"{1e3 * (record[k] or 0):10.2f}" for k in ("low", "expected", "high", "measured"))
         print(f"{phase:8}{point!s:32}{numbers}{'' if held else '  outside'}", flush=True)
+    if args.output:
+        before = json.loads(args.output.read_text())["points"] if args.output.is_file() else []
+        records = before + records
+        args.output.write_text(json.dumps({"calibration": calibration.as_dict(), "points": records}, indent=1))
     summary(records)
     by_class(engine, paper, rates, args)
-    if args.output:
-        args.output.write_text(json.dumps({"calibration": calibration.as_dict(), "points": records}, indent=1))
 
 
 def summary(records: list[dict]) -> None:
@@ -101,18 +113,12 @@ def summary(records: list[dict]) -> None:
 
 
 def by_class(engine: Engine, paper, rates, args: argparse.Namespace) -> None:
-    """Where the time goes in one decode step at the largest batch: expected beside measured."""
-    step = decode_step(max(args.batches), max(args.lengths))
-    whole, last = OpTimes(get_device(args.device)), engine.step
-
-    def only_the_last():
-        whole.calls.clear()
-        return last()
-
-    engine.step = only_the_last  # type: ignore[method-assign]
-    with whole.watch():
-        probes.run(engine, "decode", step)
-    engine.step = last  # type: ignore[method-assign]
+    """Where the time goes in one decode step at the largest batch and the shortest length: expected beside measured."""
+    step, whole = decode_step(max(args.batches), min(args.lengths)), OpTimes(get_device(args.device))
+    with probes.decoding(engine, step):
+        probes.timed(engine)
+        with whole.watch():
+            probes.timed(engine)
     expected = predicted_calls(step_cost(paper.model, step, paper.dtype, engine.info.block_size), rates)
     measured = whole.by_class()
     for name in sorted(expected.keys() | measured.keys()):

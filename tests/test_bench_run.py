@@ -234,6 +234,32 @@ def test_a_tiny_budget_gives_mixed_steps_that_count_in_neither_rate():
     assert len(done.ttft) == 3
 
 
+def test_captures_and_compilations_inside_the_measured_passes_are_named(monkeypatch, tmp_path):
+    """A stepper that captures in the warm-up of one shape and in the second measured pass of the other."""
+    from surefoot.backends import open_backend
+
+    backend = open_backend("native", CANARY, CONFIG)
+    backend.engine.runner.graphs = SimpleNamespace(captures=2, run=lambda padded: None)
+    stepper, passes = open_stepper(backend), []
+
+    def run(prompts, count, original=stepper.run):
+        passes.append(count)
+        if len(passes) in (1, 6):  # each shape: one of warm-up, two measured
+            backend.engine.runner.graphs.captures += 1
+        return original(prompts, count)
+
+    monkeypatch.setattr(stepper, "run", run)
+    settings = EngineSettings(batch=(1,), prompt_lens=(8,), output_lens=(3,), repeats=2, warmup=1)
+    bench = EngineBench(stepper, backend.engine.model, backend.info(), settings, None)
+    facts = confighash.identity(backend.info(), CANARY)
+    with Result(tmp_path / "b.json", new_data("engine", backend.info(), facts, NO_PROOF)) as result:
+        bench.run(result)
+    (point,) = result.data["points"]
+    assert point["prefill"]["warnings"] == []
+    assert any("1 x graph capture inside the measured passes" in w for w in point["warnings"])
+    assert [result.data["events"][phase]["graph capture"] for phase in ("load", "warmup", "measured")] == [2, 1, 1]
+
+
 def test_transformers_backend(tmp_path):
     settings = EngineSettings(batch=(2,), prompt_lens=(8,), output_lens=(3,), repeats=1, warmup=0)
     data = bench_engine(CANARY, "transformers", EngineConfig(num_threads=1), settings, tmp_path / "t.json")
@@ -311,6 +337,19 @@ def test_a_full_disk_keeps_what_was_written_and_says_so(tmp_path):
     data = json.loads(path.read_text())
     assert data["partial"]
     assert "no space left" in data["ended_by"]
+
+
+def test_a_disk_that_fills_up_ends_the_verb_in_one_line(tmp_path, capsys):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    path = tmp_path / "b.json"
+    path.with_suffix(".raw.jsonl").symlink_to("/dev/full")
+    flags = ["--batch", "1,2", "--prompt-len", "8", "--output-len", "2", "--repeats", "1", "--warmup", "0"]
+    assert run_cli(["bench", CANARY, *flags, "--threads", "1", "-o", str(path)]) == 2
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if "error" in text]
+    assert "no space left on device; what was measured until then is in" in line
+    data = json.loads(path.read_text())
+    assert data["partial"] and len(data["points"]) == 1, "the first point was done"
 
 
 def test_an_interrupt_leaves_a_partial_record(tmp_path):

@@ -74,6 +74,17 @@ def test_chat_stream_has_the_shape_clients_expect(client):
     assert usage.choices == [] and usage.usage.completion_tokens == len(REPLY.encode()) + 1
 
 
+def test_a_stream_counts_as_it_goes_where_that_is_asked_for(client):
+    """vLLM's field, which load generators send: usage until now in every chunk."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *body, last = client.chat.completions.create(
+        model="alias", messages=USER, temperature=0, stream=True, stream_options=options
+    )
+    counts = [c.usage.completion_tokens for c in body]
+    assert counts == sorted(counts) and counts[-1] == last.usage.completion_tokens == len(REPLY.encode()) + 1
+    assert len(set(counts)) > 2 and {c.usage.prompt_tokens for c in body} == {5}
+
+
 def test_stream_ends_with_done(served):
     body = {"model": "alias", "messages": USER, "max_tokens": 2, "stream": True, "temperature": 0}
     answer = httpx.post(served.base_url + "/v1/chat/completions", json=body)

@@ -207,12 +207,11 @@ def _fit_engine(found: Calibration, name: str, device: Device, settings: Setting
         with _engine(config, dtype, quant, settings) as engine:
             times = OpTimes(device)
             for phase, step in probes.plan(settings.prompts, settings.batches, settings.contexts):
-                probes.run(engine, phase, step)
+                cost = step_cost(paper.model, step, paper.dtype, engine.info.block_size)
+                seconds = probes.seconds(engine, phase, step, settings.repeats)
+                walls.append((phase, cost, statistics.median(seconds)))
                 with times.watch():
                     probes.run(engine, phase, step)
-                cost = step_cost(paper.model, step, paper.dtype, engine.info.block_size)
-                seconds = [probes.run(engine, phase, step) for _ in range(settings.repeats)]
-                walls.append((phase, cost, statistics.median(seconds)))
             calls += times.calls
     for op in {call.op for call, _ in calls if call.op_class != "linear"}:
         own = [(call, seconds) for call, seconds in calls if call.op == op]

@@ -20,6 +20,7 @@ from surefoot.core.config import DTYPES, QUANT_SCHEMES, EngineConfig
 from surefoot.core.errors import CapacityError, InputError
 from surefoot.device.base import Device
 from surefoot.device.chips import Capabilities, Chip
+from surefoot.engine.graph_setup import plan_for
 from surefoot.engine.load import CACHE_SHARE, DEFAULT_CACHE_SHARE, plan_cache
 from surefoot.engine.quantised import count_parameters
 from surefoot.layers import quant_linear
@@ -130,7 +131,9 @@ class _OnPaper(Device):
 
 def cache_plan(model: Sketch, config: EngineConfig, kind: str, free: int, block_size: int) -> CachePlan:
     """The plan of an engine on a device of this type that has `free` bytes left beside the weights."""
-    return plan_cache(model.model, config, _OnPaper(kind, free), model.dtype, block_size)
+    device = _OnPaper(kind, free)
+    graphs = plan_for(model.model, config, device, model.dtype, block_size)
+    return plan_cache(model.model, config, device, model.dtype, block_size, graphs)
 
 
 def largest_batch(model: Sketch, config: EngineConfig, target: Target, length: int, memory: int) -> int:

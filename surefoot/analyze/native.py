@@ -18,6 +18,7 @@ from surefoot.device.base import Device
 from surefoot.device.chips import Capabilities
 from surefoot.device.npu import PAGE
 from surefoot.engine.engine import Engine
+from surefoot.engine.graph_setup import plan_for
 from surefoot.engine.load import checkpoint_dtype, describe, make_scheduler, plan_cache
 from surefoot.engine.runner import Runner, StepResult
 from surefoot.engine.scheduler import Schedule
@@ -80,7 +81,8 @@ def traced_engine(model: CausalLM, dtype: torch.dtype, config: EngineConfig, tra
     """An engine around a model whose parameters are on the traced device."""
     device = MetaDevice()
     block_size = config.block_size or PAGE
-    cache = plan_cache(model, config, device, dtype, block_size)
+    graphs = plan_for(model, config, device, dtype, block_size)
+    cache = plan_cache(model, config, device, dtype, block_size, graphs)
     runner = TracedRunner(model, cache, block_size=block_size, dtype=dtype, device=device.torch_device)
     runner.prefill, runner.decode = tracers
     scheduler, caching = make_scheduler(model, cache, config, block_size)

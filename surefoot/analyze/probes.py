@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from surefoot.analyze.roofline import Step, decode_step, prefill_steps
@@ -57,14 +58,59 @@ def plan(prompts: Sequence[int], batches: Sequence[int], contexts: Sequence[int]
 
 def run(engine: Engine, phase: str, step: Step) -> float:
     """Wall seconds of this step, brought about by requests of these lengths; the engine is empty before and after."""
-    decode = phase == "decode"
-    params = SamplingParams(max_tokens=2 if decode else 1, ignore_eos=True, temperature=0.0)
+    if phase == "prefill":
+        return prefill(engine, step)
+    with decoding(engine, step):
+        return timed(engine)
+
+
+def seconds(engine: Engine, phase: str, step: Step, repeats: int) -> list[float]:
+    """The same `repeats` times, after once for warming up. Decode steps follow each other, so contexts grow by one."""
+    if phase == "prefill":
+        return [prefill(engine, step) for _ in range(repeats + 1)][1:]
+    with decoding(engine, step):
+        return [timed(engine) for _ in range(repeats + 1)][1:]
+
+
+def prefill(engine: Engine, step: Step) -> float:
+    params = SamplingParams(max_tokens=1, ignore_eos=True, temperature=0.0)
     for i, length in enumerate(step.seq_lens):
-        prompt = length - 1 if decode else length
-        engine.add_request([(7 * i + 13 * j) % engine.vocab_size for j in range(max(1, prompt))], params)
-    seconds = 0.0
+        engine.add_request(prompt(engine, i, length), params)
+    took = timed(engine)
     while engine.has_unfinished():
-        started = time.perf_counter()
         engine.step()
-        seconds = time.perf_counter() - started
-    return seconds
+    return took
+
+
+@contextmanager
+def decoding(engine: Engine, step: Step) -> Iterator[list[str]]:
+    """Requests that have their first token, so that the engine's next step is `step`. Cancelled at the end."""
+    room = engine.info.max_model_len - max(step.seq_lens) + 1
+    params = SamplingParams(max_tokens=room, ignore_eos=True, temperature=0.0)
+    lengths = [max(1, length - 1) for length in step.seq_lens]
+    ids = [engine.add_request(prompt(engine, i, length), params) for i, length in enumerate(lengths)]
+    begun: set[str] = set()
+    try:
+        while len(begun) < len(ids):
+            begun |= {output.request_id for output in engine.step()}
+        yield ids
+    finally:
+        drop(engine, ids)
+
+
+def drop(engine: Engine, ids: Sequence[str]) -> None:
+    """End these requests."""
+    for request_id in ids:
+        engine.cancel(request_id)
+    if engine.has_unfinished() and not engine.scheduler.has_unfinished():
+        engine.step()
+
+
+def prompt(engine: Engine, index: int, length: int) -> list[int]:
+    return [(7 * index + 13 * j) % engine.vocab_size for j in range(length)]
+
+
+def timed(engine: Engine) -> float:
+    started = time.perf_counter()
+    engine.step()
+    return time.perf_counter() - started

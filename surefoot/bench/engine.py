@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from surefoot.bench.events import EventWatch, warning
 from surefoot.bench.result import Result
 from surefoot.bench.sizes import MemoryWatch, Peaks, Work, capacity, peaks, share, work_of
 from surefoot.bench.stats import pooled, summary
@@ -56,6 +57,7 @@ class EngineBench:
         self.work: Work = work_of(model, info)
         self.peaks = peaks(stepper.device, info, calibrated)
         self.memory = MemoryWatch(stepper.device)
+        self.events = EventWatch(getattr(stepper, "engine", None))
         self._index = itertools.count()
         check_sweep(settings, info)
 
@@ -89,6 +91,7 @@ class EngineBench:
                 shape |= {"peak_memory_bytes": self.memory.end(), "prefill": prefill}
                 result.add_point(shape | point)
             result.data["memory"] = result.data.get("memory", {}) | self.memory.result()
+            result.data["events"] = self.events.result()
 
     # ---- passes
 
@@ -108,9 +111,11 @@ class EngineBench:
             return done
 
         warm = [one("warmup") for _ in range(self.settings.warmup)]
+        self.events.take("warmup")
         with Sampler(str(self.stepper.device), TELEMETRY_EVERY) as sampler:
             passes = [one("measured") for _ in range(self.settings.repeats)]
-        return {"warmup": [p.wall for p in warm], "passes": passes, "power": _power(sampler)}
+        found = warning(self.events.take("measured")) + _warnings(passes)
+        return {"warmup": [p.wall for p in warm], "passes": passes, "power": _power(sampler), "warnings": found}
 
     def _log(self, result: Result, done: Pass, head: dict[str, Any]) -> None:
         steps = [[s.kind, s.begin, s.seconds, s.tokens] for s in done.steps]
@@ -128,7 +133,7 @@ class EngineBench:
             "warmup_s": run["warmup"],
             "mfu": share(flops, times["median"], self.peaks["flops_per_s"]),
             "power": run["power"],
-            "warnings": _warnings(run["passes"]),
+            "warnings": run["warnings"],
         }
 
     def _generate(self, result: Result, batch: int, length: int, count: int) -> dict[str, Any]:
@@ -144,7 +149,7 @@ class EngineBench:
             "power": run["power"],
             "joules_per_output_token": _per_token(run["power"], batch * count * len(passes)),
             "mixed_steps": sum(len(p.of("mixed")) for p in passes),
-            "warnings": _warnings(passes),
+            "warnings": run["warnings"],
         }
         decode = self._decode(passes, batch, length, count)
         if decode and decode["step_s"]["mean"] > UNEVEN * decode["step_s"]["median"]:

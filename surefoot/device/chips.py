@@ -111,12 +111,13 @@ CHIPS: tuple[Chip, ...] = (
         104,
         dtypes=NO_BF16,
         peak_flops={"float16": 256e12, "int8": 512e12},
-        memory_bandwidth=1.2e12,
-        source=f"{_SOC}; peaks and bandwidth: Huawei's talk on DaVinci, Hot Chips 31 (2019), and its paper, HPCA 2021",
+        memory_bandwidth=4 * 307.2e9,
+        source=f"{_SOC}; peaks: Huawei's talk on DaVinci, Hot Chips 31 (2019); bandwidth: an upper limit, four"
+        " HBM2 stacks (Linley Newsletter, 2019-10-08) of at most 307 GB/s each (JEDEC JESD235B)",
         memory=32 * GIB,
         memory_source=_NPU_SMI,
         power=350,
-        power_source="Hot Chips 31 (2019); the product page says 310 W",
+        power_source="Hot Chips 31 (2019); Huawei says that 310 W were measured",
     ),
     _ascend(
         "Ascend 310P",
@@ -126,7 +127,8 @@ CHIPS: tuple[Chip, ...] = (
         dtypes=NO_BF16,
         peak_flops={"float16": 70e12, "int8": 140e12},
         memory_bandwidth=204e9,
-        source=f"{_SOC}; half of Huawei's Atlas 300I Duo card (two chips: 140 TFLOP/s, 280 TOP/s, 408 GB/s)",
+        source=f"{_SOC}; half of Huawei's Atlas 300I Duo, a card of two chips (product page: 140 TFLOP/s, 280 TOP/s,"
+        " 408 GB/s)",
     ),
     _ascend("Ascend 910B1 (A2)", "910B1", 220, memory=64 * GIB, memory_source=_NPU_SMI),
     _ascend("Ascend 910B2 (A2)", "910B2", 221, memory=64 * GIB, memory_source=_NPU_SMI),

@@ -149,6 +149,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: with include_usage, counts until now in every chunk
     include_obfuscation: bool = False  # pads chunks against traffic analysis; the answer is the same without
 
 

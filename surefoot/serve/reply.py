@@ -102,12 +102,13 @@ class Reply(ABC):
 
     def events(self, batch: Iterable[tuple[int, RequestOutput]], with_usage: bool) -> bytes:
         """The server-sent events of one batch of outputs."""
-        lines = []
+        options, lines = self.body.stream_options, []
+        running = options is not None and options.continuous_usage_stats
         for index, output in batch:
             for choice in self.chunk_choices(index, self.see(index, output)):
                 chunk = self.chunk([choice])
                 if with_usage:
-                    chunk["usage"] = None
+                    chunk["usage"] = self.usage() if running else None
                 lines.append(f"data: {json.dumps(chunk, ensure_ascii=False, allow_nan=False)}\n\n")
         return "".join(lines).encode()
 
