@@ -107,7 +107,10 @@ def test_random_weights_are_the_engines(tmp_path):
     )
     asked = tiny.prompts(3, 200)
     plain = TransformersBackend(str(tmp_path), EngineConfig(dtype="float32", random_weights=5))
-    assert worst(StreamedReference(str(tmp_path), random_weights=5).score(asked), plain.score(asked)) <= OF_RANGE
+    assert (
+        worst(StreamedReference(str(tmp_path), config=EngineConfig(random_weights=5)).score(asked), plain.score(asked))
+        <= OF_RANGE
+    )
 
 
 def test_what_does_not_fit_is_named(tmp_path):

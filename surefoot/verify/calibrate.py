@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from surefoot.verify.quantised import QuantisedLinear, roughened
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -40,7 +42,10 @@ def embedding_of(model: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def dithered(model: nn.Module, seed: int) -> Iterator[None]:
-    """Each embedding value times 1 + eps/2 * U(-1, 1), eps being the spacing of the dtype at 1."""
+    """Each embedding value times 1 + eps/2 * U(-1, 1), eps being the spacing of the dtype at 1.
+
+    Quantised layers are dithered as well, see `quantised.roughened`.
+    """
     embedding = embedding_of(model)
     if embedding is None:
         yield
@@ -55,7 +60,8 @@ def dithered(model: nn.Module, seed: int) -> Iterator[None]:
 
     handle = embedding.register_forward_hook(hook)
     try:
-        yield
+        with roughened(model, generator):
+            yield
     finally:
         handle.remove()
 
@@ -65,16 +71,22 @@ def linears(model: nn.Module, compute: Callable[..., torch.Tensor]) -> Iterator[
     """Let every dense layer compute by `compute(x, weight, bias)`."""
     changed = [m for m in model.modules() if type(m).__name__ == "Linear"]
 
+    quantised = [m for m in model.modules() if isinstance(m, QuantisedLinear)]
+
     def replacement(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda x: compute(x, module.weight, module.bias)
 
     for module in changed:
         module.forward = replacement(module)  # type: ignore[method-assign]
+    for layer in quantised:
+        layer.product = compute
     try:
         yield
     finally:
         for module in changed:
             del module.forward
+        for layer in quantised:
+            layer.product = F.linear
 
 
 def reversed_sums(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from surefoot.core.sampling import SamplingParams
+from surefoot.layers.quant_linear import QuantLinear
+from surefoot.verify.pathcapture import plain
+from surefoot.verify.quantised import QuantisedWeights, dequantised
 from surefoot.weights.checkpoint import Checkpoint
 
 Evidence = dict[str, Any]
@@ -33,23 +37,28 @@ SETTINGS = {
 RTOL = 1e-5  # fp32 formulas for inverse frequencies differ in the last bits
 
 
-def plain(path: str) -> str:
-    """Paths as in the text-only container: multimodal ones hold the same modules under `language_model`."""
-    return path.replace("model.language_model.", "model.", 1)
-
-
 # ---- weights
 
 
-def weights_evidence(target: nn.Module, checkpoint: Checkpoint | None, reference: nn.Module | None) -> Evidence:
-    """Digest of every parameter against the same numbers from the checkpoint, or without one from the reference."""
+def weights_evidence(
+    target: nn.Module,
+    checkpoint: Checkpoint | None,
+    reference: nn.Module | None,
+    quantised: QuantisedWeights | None = None,
+) -> Evidence:
+    """Digest of every parameter against the same numbers from the checkpoint, or without one from the reference.
+
+    quantised: the reference's `QuantisedWeights`, if it has them; then quantised layers are compared dequantised.
+    """
     source: Any = _FromCheckpoint(checkpoint) if checkpoint is not None else _FromModule(reference)
     held = dict(target.named_parameters(remove_duplicate=False))
     alias_of = {alias: name for alias, name in _ties(target, held).items()}
-    items, missing = [], []
-    seen: set[str] = set()
+    layers = _quantised_evidence(target, quantised, source) if quantised is not None else _NOTHING
+    items, missing, seen = list(layers.items), list(layers.missing), set(layers.seen)
     digests: dict[int, str] = {}
     for name, parameter in held.items():
+        if name in layers.inside:
+            continue
         stored = source.find(name) or source.find(alias_of.get(name, name))
         if stored is None or parameter.is_meta:
             missing.append(name)
@@ -67,7 +76,47 @@ def weights_evidence(target: nn.Module, checkpoint: Checkpoint | None, reference
         "missing": missing,
         "unexpected": left,
         "tied": _tie_facts(target, held, checkpoint),
+        "steps": layers.steps,
     }
+
+
+@dataclass
+class _Quantised:
+    """Of the quantised layers. inside: the target's parameters that were dealt with.  seen: tensors of the source.
+
+    steps: [layer, how far its weights are off, how far they may be], in steps of the scheme.
+    """
+
+    items: list[list[str]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    inside: set[str] = field(default_factory=set)
+    seen: set[str] = field(default_factory=set)
+    steps: list[list[Any]] = field(default_factory=list)
+
+
+_NOTHING = _Quantised()
+STEPS = {8: 0.501, 4: 1.05}  # rounding to nearest; of a positive maximum at 8, int4 may cut off a step
+LEAVES = ("weight", "weight_packed", "weight_scale", "weight_shape")
+
+
+def _quantised_evidence(target: nn.Module, quantised: QuantisedWeights, source: Any) -> _Quantised:
+    """The layers that the scheme quantises, as fp32 products of integer and scale on both sides."""
+    out = _Quantised()
+    modules = {plain(n): (n, m) for n, m in target.named_modules()}
+    for path, how in quantised.schemes.items():
+        name, layer = modules.get(plain(path), (path, None))
+        wanted = quantised.read(f"{path}.weight")
+        held = None if layer is None else dequantised(layer) if isinstance(layer, QuantLinear) else layer.weight
+        if held is None or held.is_meta:
+            out.missing.append(f"{name}.weight")
+            continue
+        ours = held.detach().cpu().float().contiguous()
+        out.items.append([f"{name}.weight", _digest(_pieces(wanted)), _digest(_pieces(ours))])
+        out.inside |= {f"{name}.{leaf}" for leaf in LEAVES}
+        out.seen |= {found for leaf in LEAVES if (found := source.find(f"{name}.{leaf}")) is not None}
+        if quantised.source == "on load":
+            out.steps.append([f"{name}.weight", quantised.steps_off(path), STEPS[how.bits]])
+    return out
 
 
 class _FromCheckpoint:
@@ -91,7 +140,8 @@ class _FromModule:
     what = "reference"
 
     def __init__(self, model: nn.Module | None):
-        self.parameters = {plain(n): p for n, p in model.named_parameters(remove_duplicate=False)} if model else {}
+        named = model.named_parameters(remove_duplicate=False) if model else ()
+        self.parameters = {plain(n): p for n, p in named if not n.endswith(".scales")}
 
     def names(self) -> Iterable[str]:
         return self.parameters
@@ -152,12 +202,22 @@ def config_evidence(reference: nn.Module | None, target: nn.Module | None) -> Ev
             if a is not None and b is not None:
                 items.append({"module": name, "key": key, "reference": a, "target": b, "rtol": RTOL})
         items += _heads(name, other, module) + _frequencies(name, other, module) + _norm(name, other, module)
+        items += _scheme(name, other, module)
     return {"items": items + _limits(reference, target)}
 
 
 def _first(module: Any, names: tuple[str, ...]) -> float | None:
     values = [getattr(module, n, None) for n in names]
     return next((v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)), None)
+
+
+def _scheme(name: str, reference: Any, target: Any) -> list[Evidence]:
+    """How a layer is quantised, where one side quantises it."""
+    sides = [getattr(m, "scheme", None) for m in (reference, target)]
+    if sides == [None, None] or not isinstance(reference, nn.Linear):
+        return []
+    shown = ["none" if s is None else f"{s.name}, {s.act} activations" for s in sides]
+    return [{"module": name, "key": "quantisation", "reference": shown[0], "target": shown[1]}]
 
 
 def _heads(name: str, reference: Any, target: Any) -> list[Evidence]:

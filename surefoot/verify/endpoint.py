@@ -132,10 +132,10 @@ class Endpoint:
     def _expected(self) -> Backend:
         if self.dtype == torch.float32:
             return self.reference
-        from surefoot.verify.run import expected_backend
+        from surefoot.verify.sides import expected_backend
 
         self.tick("loading the reference in the server's dtype")
-        return expected_backend(self.reference, self.settings, self.dtype)
+        return expected_backend(self.settings, self.dtype)
 
     # ---- token ids
 

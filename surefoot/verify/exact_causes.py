@@ -20,6 +20,7 @@ SAID = {
     "scale": ("score_scale", "attention scores have another scale"),
     "num_kv_heads": ("gqa_mapping", "another number of KV heads"),
     "sliding_window": ("window", "another sliding window"),
+    "quantisation": ("scheme", "a layer is quantised another way"),
     "attention_scaling": ("rope_scaling_type", "another attention factor of rope"),
 }
 
@@ -39,7 +40,7 @@ def exact_cause(finding: Finding, reference: Backend) -> tuple[str, Cause] | Non
     if key.startswith("weight in effect"):
         return module, Cause("norm_plus_one", "the weight that a norm multiplies by is not the checkpoint's", 0.0)
     name, text = SAID.get(key, ("setting", f"another {key}"))
-    return module, Cause(name, f"{text}: {first['target']:g} instead of {first['reference']:g}", 0.0)
+    return module, Cause(name, f"{text}: {shown(first['target'])} instead of {shown(first['reference'])}", 0.0)
 
 
 def _table(item: dict[str, Any], reference: Backend) -> Cause:
@@ -53,3 +54,7 @@ def _table(item: dict[str, Any], reference: Backend) -> Cause:
 
 def rope_config_of(reference: Backend) -> Any:
     return rope_config(getattr(reference, "model"))  # noqa: B009
+
+
+def shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)

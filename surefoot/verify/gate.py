@@ -90,9 +90,16 @@ def _weights(given: Evidence) -> Finding:
         [f"{len(unexpected)} tensors of the {given['source']} are not used: {_some(unexpected)}"] if unexpected else []
     )
     parts += [f"{_some(ties)}, the config says otherwise"] if ties else []
+    steps = given.get("steps") or []
+    coarse = [f"{name} ({_short(off)} steps)" for name, off, most in steps if not float(off) <= most]
+    parts += [f"{len(coarse)} quantised weights are not the nearest: {_some(coarse)}"] if coarse else []
     if parts:
         return Finding("weights", "fail", "; ".join(parts), {"wrong": wrong, "missing": missing, "ties": ties})
-    return Finding("weights", "pass", f"{len(items)} parameters equal the {given['source']} bit for bit in their dtype")
+    line = f"{len(items)} parameters equal the {given['source']} bit for bit in their dtype"
+    if steps:
+        furthest = max(float(off) for _, off, _ in steps)
+        line += f", {len(steps)} of them quantised, at most {furthest:.2f} steps off"
+    return Finding("weights", "pass", line)
 
 
 def _tied(yes: bool) -> str:

@@ -123,8 +123,20 @@ def open_weights(folder: Path, model: Any, dtype: torch.dtype, seed: int | None)
         known = dict(build(checkpoint.config).state_dict())
         sources = match(shapes, {n: tuple(t.shape) for n, t in known.items()}, tied_names(model), folder)
         return RandomWeights(checkpoint.config, seed, sources, shapes, dtype)
-    stored = {name: info.shape for name, info in checkpoint.names().items()}
-    return CheckpointWeights(checkpoint, match(shapes, stored, tied_names(model), folder), shapes, dtype)
+    sources = match(shapes, stored_shapes(checkpoint), tied_names(model), folder)
+    return CheckpointWeights(checkpoint, sources, shapes, dtype)
+
+
+def stored_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Shapes of what a folder stores, quantised layers as if they had a plain weight."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, info in checkpoint.names().items():
+        if name.endswith(".weight_packed"):
+            path = name.removesuffix(".weight_packed")
+            found[f"{path}.weight"] = tuple(checkpoint.load(path + ".weight_shape").tolist())
+        elif not name.endswith((".weight_scale", ".weight_shape")):
+            found[name] = info.shape
+    return found
 
 
 def tied_names(model: Any) -> dict[str, str]:

@@ -19,9 +19,10 @@ from torch import nn
 from surefoot.backends.base import Backend
 from surefoot.verify import metrics
 from surefoot.verify.calibrate import DITHER, VARIANTS, Variant, model_of
-from surefoot.verify.checks import plain
 from surefoot.verify.judge import FLOOR
 from surefoot.verify.pack import pack_index, pack_rows
+from surefoot.verify.pathcapture import plain
+from surefoot.verify.quantised import QuantisedLinear
 
 Evidence = dict[str, Any]
 LOGITS_BYTES = 512 << 20  # of one side's logits at a time
@@ -141,7 +142,7 @@ class Measurer:
 
         def rows(backend: Backend) -> tuple[torch.Tensor, metrics.Rows]:
             seen = backend.capture(ids, r"model\.(language_model\.)?norm")
-            right = _head(next(iter(seen.outputs.values())), weight)
+            right = _head(next(iter(seen.outputs.values())), model.lm_head)  # type: ignore[union-attr]
             return right, metrics.logit_rows(right, seen.logits)
 
         right, run = rows(self.target)
@@ -217,7 +218,8 @@ def _outputs(backend: Backend, ids: list[int], pattern: str) -> dict[str, torch.
     return {plain(path): value.reshape(len(ids), -1) for path, value in found.items()}
 
 
-def _head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _head(hidden: torch.Tensor, head: Any) -> torch.Tensor:
     """hidden @ weight.T in fp64, [T, vocab]."""
-    x = hidden.reshape(-1, hidden.shape[-1]).double()
+    x, weight = hidden.reshape(-1, hidden.shape[-1]), head.weight
+    x = (head.seen(x) if isinstance(head, QuantisedLinear) else x).double()
     return torch.cat([x @ part.detach().cpu().double().t() for part in weight.split(HEAD_SLICE)], dim=-1)

@@ -4,9 +4,10 @@ The layers of a model are compared with the reference elsewhere. This is about w
 chunks, neighbours, caches, preemption, the server. The baseline is the engine itself, on a prompt alone and in one
 piece; one long text serves all lengths, because the logits of a beginning must not depend on what follows.
 
-Tolerance: 1e-4 of the range of the logits in fp32. In 16 bits, twice the most that half a unit in the last place of
-the embedding and other orders of summation do to this engine's logits (calibrate.VARIANTS): at that position for the
-text, at any position for answers. At most CAP, so that an engine cannot excuse itself by being noisy.
+Tolerance: 1e-4 of the range of the logits in fp32. In 16 bits and with quantised layers, twice the most that half a
+unit in the last place of the embedding and other orders of summation do to this engine's logits (calibrate.VARIANTS):
+at that position for the text, at any position for answers. At most CAP, so that an engine cannot excuse itself by
+being noisy.
 
     findings = path_parity(backend, VerifySettings("canary-llama"))
 """
@@ -28,13 +29,14 @@ from surefoot.verify.calibrate import VARIANTS
 from surefoot.verify.comparison import Comparison, Kept, difference, spread
 from surefoot.verify.enginepaths import beside, chunks, drain, scarce, uncached, until_missed
 from surefoot.verify.pathcapture import poison
+from surefoot.verify.quantised import is_quantised
 from surefoot.verify.shapes import Finding, Progress, VerifySettings
 
 BOUNDARIES = (1, 2, 7, 8, 9, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 512, 513, 2047, 2048, 2049)
 QUICK_LENGTH = 129
 FP32_TOLERANCE = 1e-4
 SAFETY = 2.0
-CAP = {torch.float32: FP32_TOLERANCE, torch.bfloat16: 0.1, torch.float16: 0.02}
+CAP = {torch.float32: 0.02, torch.bfloat16: 0.1, torch.float16: 0.02}  # fp32: quantised only
 TOP = 20
 LEVELS = (1, 8, 32)
 Check = Callable[[], "Finding | list[Finding]"]
@@ -152,7 +154,7 @@ class Paths:
     def _allowed(self) -> torch.Tensor:
         """Tolerance at each position of the text, of the range; beyond QUICK_LENGTH the largest one before it."""
         dtype, count = getattr(torch, self.engine.info.dtype), len(self.text)
-        if dtype == torch.float32:
+        if dtype == torch.float32 and not is_quantised(self.engine.model):
             return torch.full((count,), FP32_TOLERANCE)
         ids, most = self.text[:QUICK_LENGTH], torch.zeros(min(count, QUICK_LENGTH))
         for seed, variant in enumerate(VARIANTS):

@@ -21,6 +21,7 @@ from torch import nn
 
 from surefoot.backends.base import Backend, Capture
 from surefoot.verify.pathcapture import plain
+from surefoot.verify.quantised import QuantisedLinear, roughened
 
 # How far apart two right orders of summation in the reference's own dtype may be, in roundings of the input: one piece
 # of arithmetic, and a token mixer, where a state or a softmax carries errors on.
@@ -155,16 +156,21 @@ class Replay:
         16-bit dtypes: the reference module computed in that dtype, as it is and on inputs perturbed by a rounding.
         fp32, the reference's own dtype: on inputs perturbed by a few roundings, which stands for another order of
         summation (Monte Carlo arithmetic, Parker 1997). The largest of the samples, because one may be small by luck;
-        never less than one rounding of the output, nor than the median relative error of the rows.
+        never less than one rounding of the output, nor than the median relative error of the rows. Quantised layers
+        see fp32 activations in 16 bits, or as int8 of which one may be rounded to the other side.
         """
         generator = torch.Generator().manual_seed(0)
         low = dtype != torch.float32
         step = unit_roundoff(dtype) * (1.0 if low else roundings(path))
         samples = [row_norm(self.run(path, hidden, dtype, second).float() - right)] if low else []
+        module = self.module(path)
         for _ in range(MIXER_SAMPLES if path.endswith(MIXERS) else SAMPLES):
             noisy = perturbed(hidden, step, generator)
             gate = None if second is None else perturbed(second, step, generator)
-            samples.append(row_norm(self.run(path, noisy, dtype, gate).float() - right))
+            with roughened(module, generator):
+                samples.append(row_norm(self.run(path, noisy, dtype, gate).float() - right))
+        if isinstance(module, QuantisedLinear):
+            samples.append(module.one_step(hidden))
         return floored(torch.stack(samples).amax(0), row_norm(right), step)
 
 

@@ -20,15 +20,19 @@ from typing import Any
 
 import torch
 
-from surefoot.backends import Backend, open_backend
+from surefoot.backends import Backend
 from surefoot.core.errors import InputError
 from surefoot.verify import checks, gate, prompts, texts
 from surefoot.verify.calibrate import model_of
 from surefoot.verify.continuation import greedy
 from surefoot.verify.judge import RULES
+from surefoot.verify.localise import dtype_of
 from surefoot.verify.measure import Measurer
+from surefoot.verify.pathcapture import plain
 from surefoot.verify.proof import FORMAT, Proof, jsonable
+from surefoot.verify.quantised import weights_of
 from surefoot.verify.shapes import CHECKS, Cause, Finding, Localisation, Progress, VerifySettings
+from surefoot.verify.sides import expected_backend, open_reference, open_target
 from surefoot.weights.checkpoint import Checkpoint
 from surefoot.weights.hub import resolve
 
@@ -61,7 +65,7 @@ class Session:
         self.text = texts.ReferenceText(self.folder) if texts.tokenizer_of(self.reference) is not None else None
         if self.text is not None:
             texts.same_tokenizer(self.text, texts.tokenizer_of(target))
-        self.dtype: torch.dtype = getattr(torch, str(target.info().get("dtype", "float32")))
+        self.dtype = dtype_of(target)
         self.asked = prompts.PromptSet("", [])
         self._measurer: Measurer | None = None
         self._done = 0.0
@@ -115,7 +119,7 @@ class Session:
             expected = self.reference
             if self.dtype != torch.float32:
                 self.tick("loading the reference in the target's dtype")
-                expected = expected_backend(self.reference, self.settings, self.dtype)
+                expected = expected_backend(self.settings, self.dtype)
             self._measurer = Measurer(self.reference, expected, self.target, self.dtype, self.tick)
             self.calibration = self._measurer.calibrate(self.asked.sequences[-1])
         return self._measurer
@@ -126,11 +130,12 @@ class Session:
         long = self.asked.sequences[-1]
         model, reference = model_of(self.target), model_of(self.reference)
         weighed = self.checkpoint if self.settings.random_weights is None else None
+        quantised = weights_of(self.reference)
         hidden = {"not_possible": "the target's modules cannot be seen"}
         return {
             "template": lambda: texts.template_evidence(self.text, tokenizer, self.asked),
             "tokens": lambda: texts.tokens_evidence(self.text, tokenizer, self.asked),
-            "weights": lambda: hidden if model is None else checks.weights_evidence(model, weighed, reference),
+            "weights": lambda: checks.weights_evidence(model, weighed, reference, quantised) if model else hidden,
             "config": lambda: checks.config_evidence(reference, model),
             "layers": lambda: self.measurer().layers(long[:LAYER_TOKENS]),
             "head": lambda: self.measurer().head(long),
@@ -275,24 +280,14 @@ def same_model(reference: Backend, target: Backend) -> None:
     ours, theirs = model_of(target), model_of(reference)
     if ours is None or theirs is None:
         return
-    shapes = {checks.plain(n): tuple(p.shape) for n, p in theirs.named_parameters(remove_duplicate=False)}
+    shapes = {plain(n): tuple(p.shape) for n, p in theirs.named_parameters(remove_duplicate=False)}
     for name, parameter in ours.named_parameters(remove_duplicate=False):
-        wanted = shapes.get(checks.plain(name))
+        wanted = shapes.get(plain(name))
         if wanted is not None and wanted != tuple(parameter.shape):
             raise InputError(
                 f"two different models: {name} has shape {list(wanted)} in the reference and "
                 f"{list(parameter.shape)} in the target"
             )
-
-
-def expected_backend(reference: Backend, settings: VerifySettings, dtype: torch.dtype) -> Backend:
-    """The reference computed in the target's dtype: what the dtype costs."""
-    if settings.streamed_reference:
-        from surefoot.verify.streamed import StreamedReference
-
-        return StreamedReference(settings.model, dtype, random_weights=settings.random_weights)
-    name = str(dtype).removeprefix("torch.")
-    return open_backend("transformers", settings.model, settings.reference_config(dtype=name))
 
 
 def verify(
@@ -319,18 +314,6 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def open_reference(settings: VerifySettings) -> Backend:
-    if settings.streamed_reference:
-        from surefoot.verify.streamed import StreamedReference
-
-        return StreamedReference(settings.model, random_weights=settings.random_weights)
-    return open_backend("transformers", settings.model, settings.reference_config())
-
-
-def open_target(settings: VerifySettings) -> Backend:
-    return open_backend(settings.backend, settings.model, settings.target_config())
-
-
 def prove(settings: VerifySettings, progress: Progress | None = None, partial: Path | None = None) -> Proof:
     """Open both sides as the settings say and compare them."""
     if settings.url is not None:
@@ -340,4 +323,4 @@ def prove(settings: VerifySettings, progress: Progress | None = None, partial: P
     if progress is not None:
         progress("loading the model", None)
     target = open_target(settings)
-    return verify(open_reference(settings), target, settings, progress, partial)
+    return verify(open_reference(settings, dtype_of(target)), target, settings, progress, partial)

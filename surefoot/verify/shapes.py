@@ -21,7 +21,8 @@ CHECKS = ("template", "tokens", "weights", "config", "layers", "head", "logits",
 class VerifySettings:
     """What to prove, and how hard.
 
-    backend, device, dtype, ops, random_weights, num_threads: the target, as in `EngineConfig`.
+    backend, device, dtype, ops, random_weights, num_threads, quant, ...: the target, as in `EngineConfig`.
+    base: the model that a quantised folder was made from, for the cost of its scheme.
     url, url_model, api_key: an OpenAI-compatible server as the target instead.
     prompts: a file of prompts instead of the built-in set.  continuation_tokens: greedy tokens of the reference behind
     each prompt.  long_tokens: length of the mixed text that covers late positions.
@@ -37,6 +38,10 @@ class VerifySettings:
     ops: str = "auto"
     random_weights: int | None = None
     num_threads: int | None = None
+    quant: str | None = None
+    quant_group_size: int | None = None
+    quant_lm_head: bool = False
+    base: str | None = None
     url: str | None = None
     url_model: str | None = None
     api_key: str | None = None
@@ -57,13 +62,17 @@ class VerifySettings:
             "ops": self.ops,
             "random_weights": self.random_weights,
             "num_threads": self.num_threads,
+            **self._quant(),
         }
         return EngineConfig(**(given | changes))
 
     def reference_config(self, **changes: Any) -> EngineConfig:
         """Engine settings of the reference: fp32 on the CPU."""
-        given: dict[str, Any] = {"dtype": "float32", "random_weights": self.random_weights}
+        given: dict[str, Any] = {"dtype": "float32", "random_weights": self.random_weights, **self._quant()}
         return EngineConfig(**(given | changes))
+
+    def _quant(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("quant", "quant_group_size", "quant_lm_head")}
 
 
 @dataclass

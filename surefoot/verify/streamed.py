@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from surefoot.backends.base import Capture, recording
+from surefoot.core.config import EngineConfig
 from surefoot.core.errors import InputError, ModelError
 from surefoot.core.outputs import Completion
 from surefoot.core.request import Request
@@ -34,6 +35,9 @@ from surefoot.core.sampling import SamplingParams
 from surefoot.engine import sampler
 from surefoot.engine.outputs import Accumulator, OutputProcessor
 from surefoot.verify.layerweights import LayerWeights, open_weights
+from surefoot.verify.quantised import QuantisedWeights, quant_info, quantise
+from surefoot.weights.checkpoint import Checkpoint
+from surefoot.weights.hf_config import read_config
 from surefoot.weights.hub import resolve
 from surefoot.weights.tokenizer import Tokenizer
 
@@ -48,19 +52,26 @@ class StreamedReference:
         model_ref: str,
         dtype: torch.dtype = torch.float32,
         *,
-        random_weights: int | None = None,
-        max_model_len: int | None = None,
+        config: EngineConfig | None = None,
+        drawn: torch.dtype = torch.float32,
     ):
+        """config: random weights, quantisation and the longest sequence.  drawn: see `quantised.quantise`."""
+        config = config or EngineConfig()
         folder = resolve(model_ref)
         self.model_ref, self.dtype = model_ref, dtype
-        self.model = _skeleton(str(folder), dtype)
-        self.weights = open_weights(folder, self.model, dtype, random_weights)
+        self.model = skeleton(str(folder), dtype)
+        plain = open_weights(folder, self.model, dtype, config.random_weights)
+        self.weights = quantise(plain, Checkpoint(folder), config, drawn)
+        if isinstance(self.weights, QuantisedWeights):
+            if "lm_head" in self.weights.schemes:
+                raise InputError("a quantised output layer cannot be streamed: leave --streamed-reference out")
+            self.weights.adopt(self.model)
         self.text: Any = getattr(self.model.model, "language_model", self.model.model)
         self._prefix = next(name for name, module in self.model.named_modules() if module is self.text)
         self._make_ends_real()
         text = self.model.config.get_text_config()
         self.vocab_size: int = text.vocab_size
-        self.max_model_len: int = max_model_len or text.max_position_embeddings
+        self.max_model_len: int = config.max_model_len or text.max_position_embeddings
         self.tokenizer = Tokenizer.try_load(folder)
         eos = text.eos_token_id
         self.eos_token_ids: frozenset[int] = (
@@ -80,6 +91,7 @@ class StreamedReference:
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention": self.model.config._attn_implementation,
             "max_model_len": self.max_model_len,
+            "quant": quant_info(self.weights),
             "resident": f"1 of {len(self.text.layers)} decoder layers",
             "versions": versions(),
         }
@@ -223,12 +235,14 @@ class _SlicedHead(nn.Module):
         return logits
 
 
-def _skeleton(folder: str, dtype: torch.dtype) -> Any:
+def skeleton(folder: str, dtype: torch.dtype) -> Any:
     """transformers' causal language model of the folder, all of it on the meta device."""
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = read_config(folder)
+        for part in (config, config.get_text_config()):  # what is quantised is decoded here, not by transformers
+            vars(part).pop("quantization_config", None)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
