@@ -23,8 +23,9 @@ class RMSNorm(nn.Module):
         self.register_buffer("scale", None, persistent=False)
 
     def finalize(self) -> None:
-        # fp32, so that 1 + weight is not rounded to the model's dtype.
-        self.scale = self.weight.float() + self.offset
+        # fp32, so that 1 + weight is not rounded to the model's dtype. Without an offset it is the weight itself, in
+        # the one dtype that fused add-and-norm kernels take for all arguments.
+        self.scale = self.weight.float() + self.offset if self.offset else self.weight.data
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
         if residual is None:

@@ -14,7 +14,7 @@ from surefoot.ops.quant import linear_w4, linear_w8
 from surefoot.ops.rotary import rotary
 from surefoot.ops.spec import REGISTRY, chosen, forget_chosen, intercept, use
 
-from surefoot.ops import cpu, torch_native  # noqa: F401  isort: skip  (register implementations)
+from surefoot.ops import cpu, npu, torch_native  # noqa: F401  isort: skip  (register implementations)
 
 __all__ = [
     "REGISTRY",

@@ -7,6 +7,6 @@
         ...
     npu.uses, npu.npu_calls                            # every aten operator with its status; every npu:: call
 
-What it proves: schemas, dtypes, shapes, data flow, operator coverage, and that no tensor leaves the device unasked. What
-it cannot prove: CANN's own checks, the kernels' numbers, speed. Needs the wheels that `make test-npu` downloads.
+What it proves: schemas, dtypes, shapes, data flow, operator coverage, and that no tensor leaves the device unasked.
+What it cannot prove: CANN's own checks, the kernels' numbers, speed. Needs the wheels that `make test-npu` downloads.
 """

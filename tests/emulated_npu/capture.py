@@ -37,7 +37,7 @@ from surefoot.device.graphs import Graph, capturing
 from surefoot.ops.spec import OpSpec, dispatch
 
 # What a capturing stream refuses: reading a value on the host, or a shape that depends on values.
-FORBIDDEN = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_consecutive")
+FORBIDDEN = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_consecutive")
 UNINITIALISED = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
@@ -115,10 +115,13 @@ class Recorder(TorchDispatchMode):
         if self._inside:
             return func(*args, **kwargs)
         packet = func.overloadpacket.__name__
-        self._refuse(packet, func, args, kwargs)
+        if packet in FORBIDDEN:
+            raise CaptureError(f"{func} in a capture: a graph cannot wait for the host (call {len(self.calls)})")
         if self._update is not None:
             return self._replace(str(func), func, args, kwargs)
         result = func(*args, **kwargs)
+        if len({t.device.type for t in tree_flatten((args, kwargs, result))[0] if isinstance(t, torch.Tensor)}) > 1:
+            raise CaptureError(f"{func} in a capture copies between host and device (call {len(self.calls)})")
         # NOTE: the schema does not say it: `to` or `reshape` may return a view, which is nothing at replay, or a copy.
         inputs = {self._base(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)}
         fresh = any(self._base(t) not in inputs for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor))
@@ -140,15 +143,6 @@ class Recorder(TorchDispatchMode):
         finally:
             self._inside = False
         return self._add(spec.name, again, args, kwargs, result, rerun=True)
-
-    def _refuse(self, packet: str, func: Any, args: tuple, kwargs: dict) -> None:
-        moves = False
-        if packet in ("_to_copy", "copy_", "_copy_from"):
-            devices = {t.device.type for t in tree_flatten(args)[0] if isinstance(t, torch.Tensor)}
-            target = kwargs.get("device")
-            moves = len(devices | ({torch.device(target).type} if target is not None else set())) > 1
-        if packet in FORBIDDEN or moves:
-            raise CaptureError(f"{func} in a capture: a graph cannot wait for the host (call {len(self.calls)})")
 
     def _add(self, name: str, run: Callable[..., Any], args: tuple, kwargs: dict, result: Any, *, rerun: bool) -> Any:
         baked = tree_map(lambda x: x, (args, kwargs))  # lists are copied: a graph keeps what they hold now

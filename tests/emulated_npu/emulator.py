@@ -1,7 +1,8 @@
 """Answers every operator on `npu:0`: `npu::` calls by plain PyTorch after the wheel's checks, aten calls by the CPU.
 
 An aten operator runs only if the registry says that an NPU has a kernel for it; a composite is taken apart by PyTorch's
-own kernel, as on the device. A CPU fallback, an unknown operator, float64, and a CPU tensor among NPU tensors are errors.
+own kernel, as on the device. A CPU fallback, an unknown operator, float64, and a CPU tensor among NPU tensors are
+errors.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from emulated_npu import attention
 from emulated_npu.kernels import KERNELS
 from emulated_npu.tensor import NpuTensor, compute
 from emulated_npu.wheel import Contract
 from surefoot.analyze.registry import Registry, Status
 from surefoot.analyze.trace import Tracer
 
+# Overloads that write into tensors they are given.
+KERNELS["npu_fused_infer_attention_score.out"] = attention.fused_out
 REFUSED = (Status.FALLBACK, Status.UNSUPPORTED, Status.UNKNOWN)
 # Operators whose purpose is to bring a host tensor to the device or back.
 COPIES = ("aten::_to_copy", "aten::copy_")
@@ -29,7 +33,8 @@ class NpuError(AssertionError):
 
 
 class Emulator(Tracer):
-    """`uses`: every operator with its status, dtypes and shapes; `npu_calls`: how often each npu:: call was answered."""
+    """`uses`: every operator with its status, dtypes and shapes; `npu_calls`: how often each npu:: call was
+    answered."""
 
     def __init__(self, contract: Contract, registry: Registry):
         super().__init__(registry, device="npu")

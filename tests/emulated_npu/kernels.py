@@ -1,4 +1,5 @@
-"""What each `npu::` operator computes, in plain PyTorch from op-plugin's documents, and what CANN asks of its arguments.
+"""What each `npu::` operator computes, in plain PyTorch from op-plugin's documents, and what CANN asks of its
+arguments.
 
 The numbers are computed in fp32 and rounded once, as the kernels' own documents have it. Independent of Surefoot's
 references: a wrong reference does not make a wrong call look right.
@@ -78,3 +79,65 @@ def npu_scatter_nd_update_(x, indices, updates):
     need(bool((indices >= 0).all() and (indices < len(x)).all()), "scatter_nd_update_: index out of range")
     x[indices[:, 0].long()] = updates
     return x
+
+
+@kernel
+def npu_dynamic_quant(x, smooth_scales=None, group_index=None, dst_type=None, quant_mode="pertoken", dst_type_max=0.0):
+    need(x.dtype in (torch.float16, torch.bfloat16) and x.dim() > 1, f"dynamic_quant of {x.dtype}")
+    need(
+        smooth_scales is None and dst_type in (None, torch.int8) and quant_mode == "pertoken", "dynamic_quant: options"
+    )
+    scale = x.float().abs().amax(-1, keepdim=True) / 127
+    q = torch.where(scale > 0, x.float() / scale, 0.0).round()
+    return q.to(torch.int8), scale.squeeze(-1)
+
+
+@kernel
+def npu_quant_matmul(x1, x2, scale, *, pertoken_scale=None, bias=None, output_dtype=None, **others):
+    need(not others, f"quant_matmul: {list(others)}")
+    need(x1.dtype == x2.dtype == torch.int8, f"quant_matmul of {x1.dtype} and {x2.dtype}")
+    dtype = {5: torch.float16, 15: torch.bfloat16}.get(output_dtype, output_dtype)
+    scales = (torch.float32, torch.bfloat16) if dtype == torch.bfloat16 else (torch.float32,)
+    need(dtype in (torch.float16, torch.bfloat16) and scale.dtype in scales, f"quant_matmul to {dtype}")
+    need(pertoken_scale is not None and pertoken_scale.dtype == torch.float32, "quant_matmul: pertoken_scale in fp32")
+    need(pertoken_scale.shape == (len(x1),) and max(x1.shape[-1], x2.shape[-1]) <= 65535, "quant_matmul: sizes")
+    need(x2.is_contiguous() or x2.t().is_contiguous(), "quant_matmul: x2 is plain or transposed")
+    total = x1.double() @ x2.double()
+    out = total * scale.double() * pertoken_scale.double().unsqueeze(-1)
+    return (out if bias is None else out + bias.double()).to(dtype)
+
+
+@kernel
+def npu_convert_weight_to_int4pack(weight, inner_k_tiles=0):
+    need(weight.dtype == torch.int32 and weight.dim() == 2 and weight.shape[1] % 8 == 0, "int4pack: int32 [n, 8 k]")
+    need(weight.is_contiguous() and bool((weight.abs() <= 8).all() and (weight < 8).all()), "int4pack: -8 ... 7")
+    nibbles = (weight & 15).unflatten(-1, (-1, 8))
+    return (nibbles << torch.arange(0, 32, 4, dtype=torch.int32)).sum(-1, dtype=torch.int64).to(torch.int32)
+
+
+@kernel
+def npu_weight_quant_batchmatmul(
+    x, weight, antiquant_scale, antiquant_offset=None, quant_scale=None, quant_offset=None, bias=None,
+    antiquant_group_size=0, inner_precise=0, weight_dtype=None,
+):  # fmt: skip
+    need(x.dtype in (torch.float16, torch.bfloat16), f"weight_quant_batchmatmul of {x.dtype}")
+    need(antiquant_scale.dtype == x.dtype, f"weight_quant_batchmatmul: scale {antiquant_scale.dtype} for {x.dtype}")
+    need(all(o is None for o in (antiquant_offset, quant_scale, quant_offset)), "weight_quant_batchmatmul: options")
+    wanted = torch.float32 if x.dtype == torch.bfloat16 else torch.float16
+    need(bias is None or bias.dtype == wanted, f"weight_quant_batchmatmul: bias beside {x.dtype} is {wanted}")
+    if weight.dtype == torch.int32:
+        need(not weight.is_contiguous() and weight.t().is_contiguous(), "weight_quant_batchmatmul: int4 transposed")
+        nibbles = (weight.t().unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15
+        weight = ((nibbles ^ 8) - 8).flatten(-2).t()
+    need(weight.dtype in (torch.int8, torch.int32) and len(weight) == x.shape[1], "weight_quant_batchmatmul: K")
+    k, n = weight.shape
+    need(max(k, n) <= 65535, f"weight_quant_batchmatmul: {k} x {n}")
+    if antiquant_group_size:
+        need(32 <= antiquant_group_size < k and antiquant_group_size % 32 == 0, f"group {antiquant_group_size} of {k}")
+        need(antiquant_scale.shape == (-(-k // antiquant_group_size), n), f"scales {tuple(antiquant_scale.shape)}")
+        scale = antiquant_scale.float().repeat_interleave(antiquant_group_size, dim=0)[:k]
+    else:
+        need(tuple(antiquant_scale.shape) in ((n,), (1, n)), f"scales {tuple(antiquant_scale.shape)} for {n} outputs")
+        scale = antiquant_scale.float().reshape(1, n)
+    y = x.float() @ (weight.float() * scale)
+    return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Iterator
-from unittest import mock
 
 import torch
 from fake_torch_npu import FakeNpu
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from emulated_npu.emulator import Emulator
-from emulated_npu.wheel import contract
+from emulated_npu.wheel import contract, modules
 from surefoot.analyze.registry import Registry, load
 
 FREE, TOTAL = 8 << 30, 64 << 30
@@ -64,7 +62,7 @@ def machine(release: str = "2.13.0", registry: Registry | None = None) -> Iterat
     emulator = Emulator(held, registry or load())
     try:
         # NOTE: all tensors are inference tensors, because a view of another kind would want a version counter.
-        with mock.patch.dict(sys.modules, {"torch_npu": fake}), torch.inference_mode(), emulator:
+        with modules({"torch_npu": fake}), torch.inference_mode(), emulator:
             yield emulator
     finally:
         library._destroy()

@@ -1,4 +1,4 @@
-"""Tensors on `npu:0` whose numbers are on the CPU: a wrapper subclass, so that sizes, strides and views are the real ones."""
+"""Tensors on `npu:0` whose numbers are on the CPU: a wrapper subclass, with real sizes, strides and views."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The contract of a torch_npu release, read from its wheel as data: schemas and Meta kernels. torch_npu is never imported.
+"""The contract of a torch_npu release, read from its wheel as data: schemas and Meta kernels. torch_npu is never
+imported.
 
 The wheel's `op_plugin/meta/_meta_registrations.py` is executed with stand-ins for what it imports, and its kernels are
 collected by name instead of being registered, so that two releases can be held side by side in one process.
@@ -6,12 +7,13 @@ collected by name instead of being registered, so that two releases can be held 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import sys
 import types
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,16 @@ def find(release: str) -> Path | None:
     return next(iter(sorted(WHEELS.glob(f"torch_npu-{release}-*.whl"))), None)
 
 
+def missing() -> str | None:
+    """Why tests on the emulated NPU cannot run, or None if they can."""
+    absent = [release for release in RELEASES if find(release) is None]
+    return (
+        f"no wheel of torch-npu {' or '.join(absent)} in {WHEELS.relative_to(WHEELS.parents[1])}: make test-npu"
+        if absent
+        else None
+    )
+
+
 @functools.cache
 def contract(release: str) -> Contract:
     path = find(release)
@@ -70,6 +82,16 @@ def _schemas(functions: dict[str, Any]) -> dict[str, str]:
             schema = entry["func"]
             # The code generator calls the tensor that a method belongs to "self"; the dispatcher says "input".
             schema = re.sub(r"(Tensor(?:\([a-z]!\))?\??) self\b", r"\1 input", schema)
+            # Several outputs to write into come as one list.
+            schema = (
+                re.sub(
+                    r"(?:Tensor\([a-z]!\) \w+, )+Tensor\([a-z]!\) \w+\) -> .*",
+                    "Tensor[] out) -> (Tensor, Tensor)",
+                    schema,
+                )
+                if ".out(" in schema
+                else schema
+            )
             found[schema.split("(")[0]] = schema
     return found
 
@@ -92,12 +114,27 @@ def _meta_kernels(source: str, name: str) -> dict[str, Callable[..., Any]]:
     module = types.ModuleType("meta_of_a_wheel")
     library = types.SimpleNamespace(Library=Library, impl=impl)
     with (
-        mock.patch.dict(sys.modules, _stand_ins() | {"torch.library": library}),
+        modules(_stand_ins() | {"torch.library": library}),
         mock.patch.object(torch.ops, "npu", mock.MagicMock(), create=True),
         mock.patch("torch.fx.node.has_side_effect"),
     ):
         exec(compile(source, name, "exec"), module.__dict__)
     return found
+
+
+@contextlib.contextmanager
+def modules(stand_ins: dict[str, Any]) -> Iterator[None]:
+    """Importable within the block. NOTE: mock.patch.dict would also forget what else is imported meanwhile."""
+    before = {name: sys.modules.get(name) for name in stand_ins}
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
 
 
 def _stand_ins() -> dict[str, types.ModuleType]:
