@@ -8,6 +8,7 @@ changed. Torch-free.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -17,9 +18,9 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import IO, Protocol
+from typing import Protocol
 
-from surefoot.bringup.folder import DONE, FAILED, INTERRUPTED, RUNNING, DiskError, RunFolder, now
+from surefoot.bringup.folder import DONE, FAILED, INTERRUPTED, RUNNING, DiskError, RunFolder, cannot_write, now
 from surefoot.bringup.settings import BringupSettings
 from surefoot.bringup.stages.base import BAD, Stage
 
@@ -68,7 +69,7 @@ class Run:
 
     def __init__(self, folder: RunFolder, watcher: Watcher, stages: Sequence[Stage] | None = None):
         if stages is None:
-            from surefoot.bringup.stages.order import STAGES as stages  # noqa: N811
+            from surefoot.bringup.stages.order import STAGES as stages
         self.folder, self.watcher, self.stages = folder, watcher, tuple(stages or ())
         self.settings = BringupSettings.from_dict(folder.manifest["settings"])
         self.clock = Clock(self.stages)
@@ -146,11 +147,12 @@ class Run:
     def child(self, stage: Stage, began: float) -> None:
         """Run the stage in a child process and pass its progress on."""
         command = [sys.executable, "-m", "surefoot.bringup.child", str(self.folder.path), stage.name]
-        try:
-            log: IO[str] = open(self.folder.path / "logs" / f"{stage.name}.log", "a", encoding="utf-8")
-        except OSError as error:
-            raise Failed(f"cannot write {self.folder.path}/logs: {(error.strerror or '').lower()}", "disk") from None
-        with log:
+        with contextlib.ExitStack() as stack:
+            path = self.folder.path / "logs" / f"{stage.name}.log"
+            try:
+                log = stack.enter_context(open(path, "a", encoding="utf-8"))
+            except OSError as error:
+                raise cannot_write(path, error) from None
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""`surefoot serve` as a child process for the load stage, which dies with its parent and says which engine it serves."""
+"""`surefoot serve` as a child process for the load stage: it says which engine it serves, and dies with its parent."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def served(work: Work) -> Iterator[Served]:
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        said = json.loads(line) if line.startswith("{") else {"error": "the server ended before it answered"}
+        said: dict[str, Any] = (
+            json.loads(line) if line.startswith("{") else {"error": "the server ended before it answered"}
+        )
         if "error" in said:
             raise SurefootError(str(said["error"]))
         yield Served(said["url"], said["info"], said["identity"])

@@ -1,4 +1,4 @@
-"""What a bring-up was asked for, and the sizes that it measures. Written into the manifest, so a resumed run is the same.
+"""What a bring-up was asked for, and the sizes that it measures. They stand in the manifest for a resumed run.
 
 The quick sizes suit tiny models and a first look (a canary takes about two minutes on two cores); the others suit
 models whose steps take tens of milliseconds.
@@ -57,7 +57,8 @@ class BringupSettings:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> BringupSettings:
         known = {f.name for f in fields(cls)}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known})
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
+        return cls(**given)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,7 +86,6 @@ QUICK: dict[str, Any] = {
     "concurrency": (1, 4, 16),
     "requests": 40,
     "calibration_repeats": 3,
-    "sample_tokens": 32,
 }
 
 
@@ -103,4 +103,4 @@ def folder_name(settings: BringupSettings, dtype: str) -> str:
     path = Path(settings.model)
     model = path.resolve().name if path.is_dir() else re.split(r"[/:]", settings.model)[-1]
     parts = (model, settings.device.replace(":", ""), dtype, time.strftime("%Y%m%d-%H%M%S"))
-    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part) for part in parts)
+    return "-".join(re.sub(r"[^A-Za-z0-9._-]+", "_", part) for part in parts)

@@ -68,7 +68,7 @@ def bringup(
             raise InputError("a resumed run keeps its sizes: leave out everything but --resume DIR")
         folder = RunFolder.open(resume)
     else:
-        given = {name: _numbers(name, text) for name, text in sizes.items() if text is not None}
+        given: dict[str, Any] = {name: _numbers(name, text) for name, text in sizes.items() if text is not None}
         given |= {} if requests is None else {"requests": requests}
         engine = {name: getattr(config, name) for name in TARGET}
         folder = _new(str(model), runs, quick, {"lang": lang} | engine | given)
@@ -103,6 +103,7 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
 def _new(model: str, runs: Path, quick: bool, given: dict[str, Any]) -> RunFolder:
     """Check what can be checked at once, fit the sizes to the model, make the folder."""
     from surefoot import __version__
+    from surefoot.bench.result import command_line
     from surefoot.bringup.folder import RunFolder
     from surefoot.bringup.settings import QUICK, BringupSettings, fitted, folder_name
     from surefoot.weights.hub import resolve
@@ -122,12 +123,8 @@ def _new(model: str, runs: Path, quick: bool, given: dict[str, Any]) -> RunFolde
     name = folder_name(settings, settings.dtype if settings.dtype != "auto" else stored)
     from surefoot.bringup.stages.order import STAGES
 
-    return RunFolder.create(
-        runs / name,
-        settings.as_dict(),
-        [s.name for s in STAGES],
-        {"surefoot": __version__, "model_folder": str(folder)},
-    )
+    facts = {"surefoot": __version__, "command": command_line(), "model_folder": str(folder)}
+    return RunFolder.create(runs / name, settings.as_dict(), [stage.name for stage in STAGES], facts)
 
 
 def _close(folder: RunFolder) -> None:

@@ -19,7 +19,7 @@ GOOD, WARN, BAD = "good", "warn", "bad"
 
 @dataclass
 class Work:
-    """settings: of the whole run.  folder: where earlier records are and the stage's own goes.  progress: for people."""
+    """settings: of the whole run.  folder: where records are read from and the stage's own goes."""
 
     settings: BringupSettings
     folder: RunFolder

@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from surefoot.bringup.stages.base import BAD, GOOD, WARN, Record, Work
+from surefoot.weights.jsonfile import read_json_object
 
 
 def run_doctor(work: Work) -> Record:
+    from surefoot.bench.result import host
     from surefoot.bringup.doctor import examine
     from surefoot.bringup.machine import look
     from surefoot.device.probe import probe
 
     work.progress("looking at the installation", None)
-    return examine(look(), probe, work.settings.device.partition(":")[0]).as_dict()
+    record = examine(look(), probe, work.settings.device.partition(":")[0]).as_dict()
+    return record | {"host": host(), "model": _card(work)}
+
+
+CARD = (
+    "architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rope_theta", "rope_scaling",
+    "rms_norm_eps", "tie_word_embeddings", "layer_types", "full_attention_interval", "linear_num_key_heads",
+    "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "dtype",
+    "torch_dtype",
+)  # fmt: skip
+
+
+def _card(work: Work) -> Record:
+    """The model as its folder describes it: the config in short, files and sizes."""
+    folder = Path(work.folder.manifest["model_folder"])
+    config = read_json_object(folder / "config.json")
+    text = config | (config.get("text_config") or {})
+    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
+    weights = [size for name, size in files.items() if name.endswith(".safetensors")]
+    return {
+        "name": work.settings.model,
+        "config": {key: text[key] for key in CARD if text.get(key) not in (None, [], {})},
+        "files": files,
+        "weight_files": len(weights),
+        "weight_file_bytes": sum(weights),
+    }
 
 
 def doctor_outcome(record: Record) -> tuple[str, str]:
