@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, field
 
 from surefoot.core.config import EngineInfo
-from surefoot.core.errors import CapacityError, InputError
+from surefoot.core.errors import CapacityError, InputError, StepError
 from surefoot.core.outputs import RequestOutput, TokenLogprob
 from surefoot.core.sampling import SamplingParams
 
@@ -150,6 +150,12 @@ class FakeEngine:
         self.steps += 1
         if self.fail_at_step is not None and self.steps >= self.fail_at_step:
             raise RuntimeError("the device fell over")
+        crash = [r for r in self.running.values() if bytes(t for t in r.prompt if t < 256).endswith(b"CRASH-STEP")]
+        if crash:
+            cause = ZeroDivisionError("a bug")
+            for request in crash:
+                del self.running[request.request_id]
+            raise StepError([r.request_id for r in crash], cause) from cause
         if self.step_delay:
             time.sleep(self.step_delay)
         ended, self._ended = self._ended, []

@@ -131,3 +131,22 @@ def test_client_that_leaves_frees_its_pages(served):
         next(lines)
     until(lambda: occupied() == (0, 0), "pages free")
     assert served.worker.num_inflight == 0
+
+
+def test_failed_forward_leaves_the_engine_whole(served, client, monkeypatch):
+    """The pages and slots of the failed requests come back, and the next answer is right."""
+    engine, known = served.engine, chats(served)[0]
+    run, free = engine.runner.run, engine.stats()["free_blocks"]
+    failures = iter([True])
+
+    def fail_once(step):
+        if next(failures, False):
+            raise RuntimeError("a kernel failed")
+        return run(step)
+
+    monkeypatch.setattr(engine.runner, "run", fail_once)
+    ask = {"model": engine.info.model, "messages": known["messages"], "temperature": 0, "max_tokens": 256}
+    with pytest.raises(openai.InternalServerError, match="computing this request failed"):
+        client.chat.completions.create(**ask)
+    assert client.chat.completions.create(**ask).choices[0].message.content == known["answer"]
+    until(lambda: engine.stats()["free_blocks"] == free and not engine.has_unfinished(), "everything is free")

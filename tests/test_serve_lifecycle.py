@@ -25,7 +25,7 @@ from surefoot.core.sampling import SamplingParams
 from surefoot.serve.errors import EngineDeadError
 from surefoot.serve.main import bind, run_server
 from surefoot.serve.settings import ServeSettings
-from surefoot.serve.worker import Choice, EngineWorker
+from surefoot.serve.worker import MAX_FAILED_STEPS, Choice, EngineWorker
 
 PLAIN = "/v1/completions"
 LONG = {"prompt": "hi", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
@@ -115,12 +115,10 @@ def test_engine_that_dies():
     with serving(FakeEngine(step_delay=0.01, fail_at_step=10)) as served:
         with ThreadPoolExecutor(2) as pool:
             whole = pool.submit(httpx.post, served.base_url + PLAIN, json=LONG, timeout=20)
-            with openai.OpenAI(base_url=served.base_url + "/v1", api_key="none", max_retries=0, timeout=30) as client:
-                stream = client.chat.completions.create(
-                    model="fake", messages=[{"role": "user", "content": "hi"}], stream=True
-                )
-                with pytest.raises(openai.APIError, match="inference engine stopped"):
-                    list(stream)
+            openai_client = openai.OpenAI(base_url=served.base_url + "/v1", api_key="none", max_retries=0, timeout=30)
+            with openai_client as client, pytest.raises(openai.APIError, match="inference engine stopped"):
+                messages = [{"role": "user", "content": "hi"}]
+                list(client.chat.completions.create(model="fake", messages=messages, stream=True))
             answer = whole.result()
         assert answer.status_code == 500 and answer.json()["error"]["code"] == "engine_dead"
         health = httpx.get(served.base_url + "/health")
@@ -138,6 +136,30 @@ def test_stream_broken_off_ends_with_an_error_event():
         *_, error, done, empty = answer.text.split("\n\n")
         assert (done, empty) == ("data: [DONE]", "")
         assert json.loads(error[6:])["error"]["code"] == "engine_dead"
+
+
+def test_failed_step_ends_only_its_requests():
+    """Others in flight get their answers, later ones too, and the server stays healthy; three in a row end it."""
+    with serving(FakeEngine(step_delay=0.005)) as served:
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(httpx.post, served.base_url + PLAIN, json=LONG, timeout=20)
+            until(lambda: served.engine.running, "the first request runs")
+            bad = httpx.post(served.base_url + PLAIN, json=LONG | {"prompt": "CRASH-STEP"}, timeout=20)
+            assert bad.status_code == 500 and bad.json()["error"]["code"] == "step_failed"
+            lines = httpx.post(served.base_url + PLAIN, json=LONG | {"prompt": "CRASH-STEP", "stream": True}).text
+            assert '"step_failed"' in lines and "ZeroDivisionError" in lines
+            assert other.result().status_code == 200
+        assert httpx.get(served.base_url + "/health").status_code == 200
+        check_idle(served)
+
+
+def test_steps_that_keep_failing_end_the_worker():
+    with serving(FakeEngine()) as served:
+        for i in range(MAX_FAILED_STEPS):
+            answer = httpx.post(served.base_url + PLAIN, json=LONG | {"prompt": "CRASH-STEP"}, timeout=20)
+            code = "step_failed" if i < MAX_FAILED_STEPS - 1 else "engine_dead"
+            assert answer.status_code == 500 and answer.json()["error"]["code"] == code
+        assert httpx.get(served.base_url + "/health").status_code == 503
 
 
 def test_graceful_stop_lets_a_stream_finish():

@@ -32,3 +32,11 @@ class CapacityError(SurefootError):
 
 class OfflineError(SurefootError):
     """A download was needed and the network or the hub library is not available."""
+
+
+class StepError(RuntimeError):
+    """A step of the engine failed: a bug or a device, not the input. Its requests have ended; the engine can go on."""
+
+    def __init__(self, request_ids: list[str], cause: BaseException):
+        super().__init__(f"a step with {len(request_ids)} requests failed: {type(cause).__name__}: {cause}")
+        self.request_ids = request_ids

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from surefoot.core.config import EngineConfig, EngineInfo
-from surefoot.core.errors import InputError
+from surefoot.core.errors import InputError, StepError, SurefootError
 from surefoot.core.outputs import Completion, RequestOutput, TokenLogprob
 from surefoot.core.request import Request
 from surefoot.core.sampling import SamplingParams
@@ -130,15 +130,21 @@ class Engine:
     # ---- one step
 
     def step(self) -> list[RequestOutput]:
-        """Advance every scheduled request; returns what is new, one output per request that has something new."""
+        """Advance every scheduled request; returns what is new, one output per request that has something new.
+
+        A forward pass that fails raises `StepError`: its requests are over, and the next step serves the others.
+        """
         outputs, self._ended = self._ended, []
         schedule = self.scheduler.schedule()
         if not schedule.items:
             return outputs
         try:
             result = self.runner.run(schedule)
-        except BaseException:
-            self._abandon(schedule)
+        except BaseException as error:
+            self._ended = outputs
+            ended = self._abandon(schedule)
+            if isinstance(error, Exception) and not isinstance(error, SurefootError):
+                raise StepError(ended, error) from error
             raise
         self.scheduler.advance(schedule)
         for item in schedule.items:
@@ -147,12 +153,14 @@ class Engine:
                 outputs.append(output)
         return outputs
 
-    def _abandon(self, schedule: Schedule) -> None:
-        """The forward failed: end its requests, so that the engine stays consistent."""
+    def _abandon(self, schedule: Schedule) -> list[str]:
+        """The forward failed: end its requests, so that the engine stays consistent; returns their ids."""
+        ended = [item.request.request_id for item in schedule.items]
         for item in schedule.items:
             self.scheduler.finish(item.request, "error")
             self._live.pop(item.request.request_id, None)
         self.scheduler.advance(schedule)
+        return ended
 
     def _commit(self, item: Scheduled, result: StepResult) -> RequestOutput | None:
         request = item.request

@@ -38,6 +38,17 @@ class EngineDeadError(ApiError):
         super().__init__(message, 500, code="engine_dead")
 
 
+class StepFailedError(ApiError):
+    """The step that computed this request failed; others go on."""
+
+    def __init__(self, cause: BaseException | None):
+        super().__init__(
+            f"computing this request failed ({type(cause).__name__}): try again, the server's log says more",
+            500,
+            code="step_failed",
+        )
+
+
 class ClientGoneError(ApiError):
     """The client closed the connection; nobody reads the answer (499 is what access logs know this by)."""
 

@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from surefoot.core.config import EngineInfo
-from surefoot.core.errors import SurefootError
+from surefoot.core.errors import StepError, SurefootError
 from surefoot.core.outputs import RequestOutput
 from surefoot.core.sampling import SamplingParams
-from surefoot.serve.errors import ApiError, ClientGoneError, EngineDeadError, OverloadedError
+from surefoot.serve.errors import ApiError, ClientGoneError, EngineDeadError, OverloadedError, StepFailedError
 
 log = logging.getLogger("surefoot.serve")
+MAX_FAILED_STEPS = 3  # in a row: the device is lost, not a request unlucky
 
 
 class EngineLike(Protocol):
@@ -127,6 +128,7 @@ class EngineWorker:
         self._streams: dict[Stream, None] = {}  # event loop only; a dict keeps the order
         self._routes: dict[str, tuple[_Job, int]] = {}  # inference thread only, as are the followers
         self._followers: dict[str, tuple[_Job, list[int]]] = {}
+        self._failed_in_row = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loaded: Future[EngineLike] = Future()
         self._thread = threading.Thread(target=self._main, args=(load,), name="inference", daemon=True)
@@ -205,11 +207,30 @@ class EngineWorker:
         try:
             while self._drain_inbox(block=not engine.has_unfinished()):
                 if engine.has_unfinished():
-                    self._route(engine.step())
+                    self._step()
         except BaseException as error:
             self.error = error
             log.error("the inference thread ended", exc_info=error)
             self._post(self._fail_all)
+
+    def _step(self) -> None:
+        """One step; if it fails its requests end with an error, and only a device that keeps failing ends the rest."""
+        try:
+            outputs = self.engine.step()
+        except StepError as error:
+            self._failed_in_row += 1
+            if self._failed_in_row == MAX_FAILED_STEPS:
+                raise
+            log.error("a step failed, its requests end with an error", exc_info=error)
+            for request_id in error.request_ids:
+                job, index = self._routes.pop(request_id, (None, 0))
+                if job is not None:
+                    job.live.discard(index)
+                    self._cancel(job)
+                    self._post(job.stream.fail, StepFailedError(error.__cause__))
+            return
+        self._failed_in_row = 0
+        self._route(outputs)
 
     def _drain_inbox(self, block: bool) -> bool:
         """Do what is asked for; an idle engine waits for it. False once the worker is to stop."""
