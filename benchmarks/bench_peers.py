@@ -78,22 +78,21 @@ class Peer:
 Specs = list[tuple[str, str, dict]]  # family, setting, options of `load`; Surefoot first
 
 
-def peers_of(group: str, case: str, files: Path, threads: int, families: list[str]) -> Specs:
+def peers_of(group: str, case: str, files: Path, args: argparse.Namespace) -> Specs:
     folder, ftype = GROUPS[group]
-    common = {"threads": threads}
-    specs: Specs = [
-        ("surefoot", folder, {"peer": "native", "model": str(files / folder), "dtype": "bfloat16", **common})
-    ]
+    common = {"threads": args.threads}
+    native = {"peer": "native", "model": str(files / folder), "dtype": "bfloat16", **common}
+    specs: Specs = [("surefoot", f"{folder}{', graph' * (g == 'full')}", {**native, "graph": g}) for g in args.graph]
     if (files / f"{ftype}.gguf").exists():
         gguf = {"peer": "llama.cpp", **common}
         specs.append((f"llama.cpp {ftype}", "", {"gguf": str(files / f"{ftype}.gguf"), **gguf}))
         if (group, case) == ("int8", "prefill-512"):
             specs += [("llama.cpp best", f, {"gguf": str(files / f"{f}.gguf"), **gguf}) for f in BEST_FORMATS]
     hf = {"peer": "transformers", "model": str(files / "full"), **common}
-    specs += [("transformers", dtype, {**hf, "dtype": dtype}) for dtype in ("bfloat16", "float32")]
+    specs += [("transformers", dtype, {**hf, "dtype": dtype}) for dtype in args.dtypes]
     if (xml := files / f"openvino-{group}").exists():
         specs.append(("openvino", "", {"peer": "openvino", "folder": str(xml), **common}))
-    return [spec for spec in specs if spec[0] == "surefoot" or any(spec[0].startswith(f) for f in families)]
+    return [spec for spec in specs if spec[0] == "surefoot" or any(spec[0].startswith(f) for f in args.families)]
 
 
 def fastest(peers: list[Peer], seconds: list[float]) -> list[Peer]:
@@ -183,7 +182,13 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--families", nargs="+", default=["llama.cpp", "transformers", "openvino"])
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["bfloat16", "float32"], help="of transformers; the faster counts"
+    )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--graph", nargs="+", default=["auto"], help="Surefoot's setting: auto, full; the faster counts"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cache", type=Path, default=Path(".cache/peers"), help="where the model files are kept")
     parser.add_argument("--prepare", action="store_true", help="make the model files and end")
@@ -201,7 +206,7 @@ def main() -> None:
         return None
     for group in args.groups:
         for case in args.cases:
-            specs = peers_of(group, case, files, args.threads, args.families)
+            specs = peers_of(group, case, files, args)
             head = {"model": args.model.name, "group": group, "case": case, "tokens": CASES[case][1]}
             head |= {"threads": args.threads, "at": time.strftime("%Y-%m-%dT%H:%M:%S"), "machine": machine()}
             found = measure_load(specs, args.repeats) if case == "load" else measure(specs, case, args.repeats)

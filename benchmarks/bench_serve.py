@@ -78,11 +78,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--graph", default="auto", choices=["auto", "off", "full"])
     parser.add_argument("--client", help=argparse.SUPPRESS)
     parser.add_argument("--vocab", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
-    options.name = Path(options.model).name
+    options.name = options.model
     if options.client:
         return print(json.dumps(asyncio.run(client_turn(options))))
     from surefoot.core.config import EngineConfig
@@ -90,7 +91,12 @@ def main() -> None:
     from surefoot.serve.inprocess import serving
 
     config = EngineConfig(
-        num_threads=options.threads, max_model_len=1024, kv_cache_tokens=16384, enable_prefix_caching=False
+        num_threads=options.threads,
+        graph=options.graph,
+        max_num_seqs=options.streams,
+        max_model_len=1024,
+        kv_cache_tokens=16384,
+        enable_prefix_caching=False,
     )
     engine = Engine.load(options.model, config)
     options.vocab = engine.vocab_size
@@ -108,7 +114,7 @@ def main() -> None:
     shares = sorted(s / e for s, e in zip(raw["server"], raw["engine"]))
     ours, served = (statistics.median(side) for side in raw.values())
     spread = f"{statistics.median(shares):.1%} ({shares[0]:.1%}..{shares[-1]:.1%})"
-    print(f"{options.name}: engine {ours:.1f} tok/s, server {served:.1f} tok/s, that is {spread} of it")
+    print(f"{Path(options.model).name}: engine {ours:.1f} tok/s, server {served:.1f} tok/s, that is {spread} of it")
     if options.output:
         head = {"model": options.model, "machine": machine(), "settings": {**vars(options), "output": ""}}
         options.output.write_text(json.dumps(head | {"raw": raw}, indent=1))

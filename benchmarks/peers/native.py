@@ -20,9 +20,15 @@ PEAKS = {"int8": 0, "fp32": 1, "bf16": 2, "int16": 3}  # as Peak in surefoot/ops
 
 
 class Native:
-    def __init__(self, model: str, dtype: str, threads: int):
+    def __init__(self, model: str, dtype: str, threads: int, graph: str = "auto"):
         config = EngineConfig(
-            dtype=dtype, num_threads=threads, max_model_len=1024, kv_cache_tokens=8192, enable_prefix_caching=False
+            dtype=dtype,
+            num_threads=threads,
+            graph=graph,
+            max_num_seqs=8,
+            max_model_len=1024,
+            kv_cache_tokens=8192,
+            enable_prefix_caching=False,
         )
         self.engine = Engine.load(model, config)
         self.buffer: torch.Tensor | None = None
@@ -32,6 +38,7 @@ class Native:
         return {
             "dtype": info.dtype,
             "quant": info.quant,
+            "graph": info.graph,
             "ops": info.ops,
             "isa": kernels.isa() if kernels else None,
             "versions": info.versions,
