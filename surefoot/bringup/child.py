@@ -14,12 +14,15 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surefoot.bringup.folder import DiskError, RunFolder, cannot_write
 from surefoot.bringup.settings import BringupSettings
 from surefoot.bringup.stages.base import Work
 from surefoot.core.errors import SurefootError
+
+if TYPE_CHECKING:
+    from surefoot.bringup.stages.base import Stage
 
 SERVER = "server"
 NO_SPACE = (27, 28, 30, 122)  # EFBIG, ENOSPC, EROFS, EDQUOT
@@ -37,7 +40,7 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def main(folder: str, what: str) -> int:
+def main(folder: str, what: str, stages: dict[str, Stage] | None = None) -> int:
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
     end_with_parent()
@@ -50,7 +53,7 @@ def main(folder: str, what: str) -> int:
     settings = BringupSettings.from_dict(run.manifest["settings"])
     work = Work(settings, run, lambda text, done: say({"what": text, "fraction": done}))
     try:
-        perform(work, what, say)
+        perform(work, what, say, stages)
     except DiskError as error:
         say({"error": str(error), "kind": "disk"})
     except SurefootError as error:
@@ -70,14 +73,14 @@ def main(folder: str, what: str) -> int:
     return 1
 
 
-def perform(work: Work, what: str, say: Any) -> None:
+def perform(work: Work, what: str, say: Any, stages: dict[str, Stage] | None) -> None:
     if what == SERVER:
         from surefoot.bringup.server import serve
 
         return serve(work, say)
     from surefoot.bringup.stages.order import BY_NAME
 
-    record = BY_NAME[what].run(work)
+    record = (stages or BY_NAME)[what].run(work)
     if record is not None:
         work.folder.write(what, record)
     say({"done": True})
@@ -88,8 +91,12 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-if __name__ == "__main__":
-    code = main(sys.argv[1], sys.argv[2])
+def leave(code: int) -> None:
+    """Threads of a device library must not keep a finished stage alive."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # threads of a device library must not keep a finished stage alive
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1], sys.argv[2]))

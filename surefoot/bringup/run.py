@@ -65,12 +65,12 @@ class Failed(Exception):
 
 
 class Run:
-    """One run of a folder's stages in this process. `stages` is for tests."""
+    """One run of a folder's stages. `program`: the module of a stage's process, with `stages` for tests."""
 
-    def __init__(self, folder: RunFolder, watcher: Watcher, stages: Sequence[Stage] | None = None):
-        if stages is None:
-            from surefoot.bringup.stages.order import STAGES as stages
-        self.folder, self.watcher, self.stages = folder, watcher, tuple(stages or ())
+    def __init__(
+        self, folder: RunFolder, watcher: Watcher, stages: Sequence[Stage], program: str = "surefoot.bringup.child"
+    ):
+        self.folder, self.watcher, self.stages, self.program = folder, watcher, tuple(stages), program
         self.settings = BringupSettings.from_dict(folder.manifest["settings"])
         self.clock = Clock(self.stages)
 
@@ -146,7 +146,7 @@ class Run:
 
     def child(self, stage: Stage, began: float) -> None:
         """Run the stage in a child process and pass its progress on."""
-        command = [sys.executable, "-m", "surefoot.bringup.child", str(self.folder.path), stage.name]
+        command = [sys.executable, "-m", self.program, str(self.folder.path), stage.name]
         with contextlib.ExitStack() as stack:
             path = self.folder.path / "logs" / f"{stage.name}.log"
             try:

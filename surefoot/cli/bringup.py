@@ -59,6 +59,7 @@ def bringup(
     """
     from surefoot.bringup.folder import RunFolder
     from surefoot.bringup.run import Run
+    from surefoot.bringup.stages.order import STAGES
 
     sizes = {"batch": batch, "prompt_lens": prompt_len, "output_lens": output_len, "concurrency": concurrency}
     if (model is None) == (resume is None):
@@ -75,7 +76,7 @@ def bringup(
     with _Screen() as screen:
         print(f"bringing up {folder.manifest['settings']['model']}: {folder.path}", flush=True)
         try:
-            good = Run(folder, screen).go()
+            good = Run(folder, screen, STAGES).go()
         except KeyboardInterrupt:
             raise InterruptedRun(folder.path) from None
     _close(folder)
