@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 
 from surefoot.analyze import calibrate, probes
-from surefoot.analyze.calibrate import OpTimes
 from surefoot.analyze.estimate import predicted_calls, sketch
 from surefoot.analyze.roofline import Step, decode_step, prefill_steps, step_cost
 from surefoot.core.config import QUANT_SCHEMES, EngineConfig
@@ -114,11 +113,8 @@ def summary(records: list[dict]) -> None:
 
 def by_class(engine: Engine, paper, rates, args: argparse.Namespace) -> None:
     """Where the time goes in one decode step at the largest batch and the shortest length: expected beside measured."""
-    step, whole = decode_step(max(args.batches), min(args.lengths)), OpTimes(get_device(args.device))
-    with probes.decoding(engine, step):
-        probes.timed(engine)
-        with whole.watch():
-            probes.timed(engine)
+    step = decode_step(max(args.batches), min(args.lengths))
+    whole = probes.op_seconds(engine, get_device(args.device), "decode", step)
     expected = predicted_calls(step_cost(paper.model, step, paper.dtype, engine.info.block_size), rates)
     measured = whole.by_class()
     for name in sorted(expected.keys() | measured.keys()):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import statistics
+import sys
+from pathlib import Path
 
 import mock_server
 import pytest
@@ -83,6 +85,31 @@ def test_every_latency_metric_is_the_servers(mock, concurrency, count, model):
         if not wrong:
             return
     pytest.fail("; ".join(wrong))
+
+
+def test_the_recording_proxy_sees_what_the_client_sees(mock):
+    """What `benchmarks/outside_tool.py` reads another tool's requests with: the same chunks, tokens and counts, and no
+    request that came before it was sent, no chunk that left before it came."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    from recording_proxy import recorded
+
+    host, port = mock.url.removeprefix("http://").split(":")
+    with recorded(host, int(port)) as proxy:
+        behind = dataclasses.replace(mock, url=proxy.url)
+        client = Client(proxy.url, idle_timeout=20)
+        jobs = ask(client, behind, "ttft=20,itl=5,role=1,n=2,split=1", 6, 8, "proxy")
+        asyncio.run(closed_loop(client, jobs, 2))
+        client.close()
+    logs = sorted((job.finish() for job in jobs), key=lambda log: log.sent)
+    seen = [log for log in proxy.logs() if log.ok and len(log.chunks) > 1]
+    assert len(seen) == len(logs) == 6
+    for mine, passed in zip(logs, seen):
+        assert [(c.kind, c.bytes, c.tokens) for c in mine.chunks] == [
+            (c.kind, c.bytes, c.tokens) for c in passed.chunks
+        ]
+        assert (mine.output_tokens, mine.text) == (passed.output_tokens, passed.text)
+        assert mine.sent <= passed.sent
+        assert all(there.time <= here.time for here, there in zip(mine.chunks, passed.chunks))
 
 
 def test_a_request_is_stamped_when_it_leaves(mock):

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surefoot import canaries, ops
+from surefoot import canaries
 from surefoot.analyze import calibrate, probes
 from surefoot.analyze.estimate import (
     Question,
@@ -113,20 +113,8 @@ def test_cost_on_paper_equals_the_ops_that_the_engine_calls(tmp_path, name, phas
     asked = EngineConfig(random_weights=0, dtype="float32", enable_prefix_caching=False, **SIZES)
     engine = Engine.load(str(tmp_path), asked)
     step = prefill_steps(20, 64)[0] if phase == "prefill" else decode_step(3, 21)
-    seen = []
-
-    def note(spec, args, kwargs, run):
-        cost = spec.cost(*args, **kwargs)
-        seen.append((spec.name, cost.flops, cost.bytes))
-        return run()
-
-    def last_step_only(*args, **kwargs):
-        seen.clear()
-        return original(*args, **kwargs)
-
-    original, engine.step = engine.step, last_step_only
-    with ops.intercept(note):
-        probes.run(engine, phase, step)
+    timed = probes.op_seconds(engine, get_device("cpu"), phase, step)
+    seen = [(call.op, call.flops, call.bytes) for call, _ in timed.calls]
     cost = step_cost(sketch(config, torch.float32).model, step, torch.float32, engine.info.block_size)
     paper = [(call.op, call.flops, call.bytes) for call, count in cost.calls.items() for _ in range(count)]
     assert sorted(seen) == sorted(paper)

@@ -3,6 +3,9 @@
 Four probes: bytes read per second, linear ops of each dtype and scheme at several row counts, the time to start an op,
 and the engine itself on two small random models (one per family), whose steps are timed op by op and as a whole. The
 last says how wrong the sum of the first ones is; that error becomes the width of every interval (see `rates`).
+
+Everything is measured in rounds (all shapes once, then all again), so that a disturbance of a second spoils one sample
+of each instead of all samples of one.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,13 @@ from surefoot import ops
 from surefoot.analyze import probes
 from surefoot.analyze.estimate import sketch
 from surefoot.analyze.rates import FORMAT, CalibratedRates, Calibration, OpFit, Variant
-from surefoot.analyze.roofline import OpCall, StepCost, describe_call, step_cost
+from surefoot.analyze.roofline import OpCall, StepCost, step_cost
 from surefoot.core.config import QUANT_SCHEMES, EngineConfig
 from surefoot.core.errors import InputError
 from surefoot.device import get_device
 from surefoot.device.base import Device
 from surefoot.engine.engine import Engine
 from surefoot.engine.load import versions
-from surefoot.ops.spec import OpSpec
 from surefoot.quant.schemes import quantise_rows, scheme
 
 Progress = Callable[[str, float | None], None]
@@ -45,8 +47,8 @@ class Settings:
     device: str = "cpu"
     variants: tuple[str, ...] = ("float32", "bfloat16", "float16", *QUANT_SCHEMES)
     threads: int | None = None
-    repeats: int = 5
-    matrix: tuple[int, int] = (4096, 2048)  # [out, in]
+    repeats: int = 5  # of each measurement, in as many rounds; of engine steps, in ROUNDS of half as many
+    matrix: tuple[int, int] = (8192, 2048)  # [out, in]
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 256)
     read_bytes: int = 256 << 20
     scale: int = 1  # probe models are this many times smaller
@@ -131,6 +133,7 @@ def _launch(device: Device, settings: Settings) -> float:
 
 
 LARGE = 128 << 20  # weights that one pass goes through: more than any cache holds
+ROUNDS = 3
 
 
 @torch.inference_mode()
@@ -143,15 +146,18 @@ def linear_times(device: Device, variant: str, settings: Settings) -> Iterable[t
     call, one = _linear_op(variant, dense, device)
     copies = max(1, min(64, LARGE // sum(t.nbytes for t in one))) if settings.scale == 1 else 1
     matrices = [one] + [tuple(t.clone() for t in one) for _ in range(copies - 1)]
-    for rows in settings.rows:
-        x = torch.randn(rows, inner, generator=generator).to(dtype).to(device.torch_device)
-        some = matrices if rows < 16 else matrices[:4]
+    inputs = {n: torch.randn(n, inner, generator=generator).to(dtype).to(device.torch_device) for n in settings.rows}
+    found: dict[int, list[float]] = {rows: [] for rows in settings.rows}
+    for _ in range(settings.repeats):
+        for rows, x in inputs.items():
+            some = matrices if rows < 16 else matrices[:2]
 
-        def run(x: torch.Tensor = x, some: list = some) -> None:
-            for tensors in some:
-                call(x, *tensors)
+            def run(x: torch.Tensor = x, some: list = some) -> None:
+                for tensors in some:
+                    call(x, *tensors)
 
-        times = [t / (len(some) * outer * inner) for t in _seconds(device, run, settings.repeats)]
+            found[rows] += [t / (len(some) * outer * inner) for t in _seconds(device, run, 2)]
+    for rows, times in found.items():
         yield rows, (statistics.median(times), min(times))
 
 
@@ -162,37 +168,9 @@ def _linear_op(variant: str, dense: torch.Tensor, device: Device) -> tuple[Calla
     quant = scheme(variant)
     tensors = tuple(t.to(device.torch_device) for t in quantise_rows(dense, quant, "probe").values())
     if quant.bits == 4:
-        return (lambda x, q, s: ops.linear_w4(x, q, s, quant.group_size or dense.shape[1])), tensors
+        group = quant.group_size or dense.shape[1]
+        return (lambda x, q, s: ops.linear_w4(x, q, s, group, None, quant.act)), tensors
     return (lambda x, q, s: ops.linear_w8(x, q, s, None, quant.act)), tensors
-
-
-@dataclass
-class OpTimes:
-    """Every op call of a block with its seconds, waiting for the device after each:
-
-    with OpTimes(device).watch() as times: engine.step()
-    """
-
-    device: Device
-    calls: list[tuple[OpCall, float]] = field(default_factory=list)
-
-    def watch(self):
-        return ops.intercept(self._time)
-
-    def _time(self, spec: OpSpec, args: tuple, kwargs: dict, run: Callable[[], Any]) -> Any:
-        self.device.synchronize()
-        started = time.perf_counter()
-        result = run()
-        self.device.synchronize()
-        seconds = time.perf_counter() - started
-        self.calls.append((describe_call(spec, args, kwargs, result), seconds))
-        return result
-
-    def by_class(self) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for call, seconds in self.calls:
-            found[call.op_class] = found.get(call.op_class, 0.0) + seconds
-        return found
 
 
 def _fit_engine(found: Calibration, name: str, device: Device, settings: Settings) -> None:
@@ -205,14 +183,17 @@ def _fit_engine(found: Calibration, name: str, device: Device, settings: Setting
     for config in probes.models(settings.scale):
         paper = sketch(config, getattr(torch, dtype), scheme(quant) if quant else None)
         with _engine(config, dtype, quant, settings) as engine:
-            times = OpTimes(device)
-            for phase, step in probes.plan(settings.prompts, settings.batches, settings.contexts):
+            plan = list(probes.plan(settings.prompts, settings.batches, settings.contexts))
+            samples: list[list[float]] = [[] for _ in plan]
+            for _ in range(ROUNDS):
+                for (phase, step), taken in zip(plan, samples):
+                    taken += probes.seconds(engine, phase, step, (settings.repeats + 1) // 2)
+                    times = probes.op_seconds(engine, device, phase, step)
+                    variant.saw(times.calls)
+                    calls += times.calls
+            for (phase, step), taken in zip(plan, samples):
                 cost = step_cost(paper.model, step, paper.dtype, engine.info.block_size)
-                seconds = probes.seconds(engine, phase, step, settings.repeats)
-                walls.append((phase, cost, statistics.median(seconds)))
-                with times.watch():
-                    probes.run(engine, phase, step)
-            calls += times.calls
+                walls.append((phase, cost, statistics.median(taken)))
     for op in {call.op for call, _ in calls if call.op_class != "linear"}:
         own = [(call, seconds) for call, seconds in calls if call.op == op]
         features = [(1.0, call.flops, call.bytes) for call, _ in own]

@@ -310,7 +310,7 @@ def _row(target: Target, point: dict[str, int], seconds: Interval, tokens: int) 
 
 
 def predicted_calls(cost: StepCost, rates: Any) -> dict[str, float]:
-    """Expected seconds by op class of a calibrated device: what a report puts beside `calibrate.OpTimes`."""
+    """Expected seconds by op class of a calibrated device: what a report puts beside `probes.OpTimes`."""
 
     def seconds(call: OpCall) -> float:
         return rates.seconds(call)

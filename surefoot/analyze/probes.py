@@ -4,22 +4,26 @@ enough for a minute."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from surefoot.analyze.roofline import Step, decode_step, prefill_steps
+from surefoot import ops
+from surefoot.analyze.roofline import OpCall, Step, decode_step, describe_call, prefill_steps
 from surefoot.core.sampling import SamplingParams
+from surefoot.device.base import Device
 from surefoot.engine.engine import Engine
+from surefoot.ops.spec import OpSpec
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 16384,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
     "tie_word_embeddings": True,
     "max_position_embeddings": 4096,
 }
@@ -98,6 +102,18 @@ def decoding(engine: Engine, step: Step) -> Iterator[list[str]]:
         drop(engine, ids)
 
 
+def op_seconds(engine: Engine, device: Device, phase: str, step: Step) -> OpTimes:
+    """Every op call of this step, timed by itself."""
+    times = OpTimes(device)
+    if phase == "prefill":
+        with times.watch():
+            prefill(engine, step)
+        return times
+    with decoding(engine, step), times.watch():
+        timed(engine)
+    return times
+
+
 def drop(engine: Engine, ids: Sequence[str]) -> None:
     """End these requests."""
     for request_id in ids:
@@ -114,3 +130,32 @@ def timed(engine: Engine) -> float:
     started = time.perf_counter()
     engine.step()
     return time.perf_counter() - started
+
+
+@dataclass
+class OpTimes:
+    """Every op call of a block with its seconds, waiting for the device after each:
+
+    with OpTimes(device).watch() as times: engine.step()
+    """
+
+    device: Device
+    calls: list[tuple[OpCall, float]] = field(default_factory=list)
+
+    def watch(self):
+        return ops.intercept(self._time)
+
+    def _time(self, spec: OpSpec, args: tuple, kwargs: dict, run: Callable[[], Any]) -> Any:
+        self.device.synchronize()
+        started = time.perf_counter()
+        result = run()
+        self.device.synchronize()
+        seconds = time.perf_counter() - started
+        self.calls.append((describe_call(spec, args, kwargs, result), seconds))
+        return result
+
+    def by_class(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for call, seconds in self.calls:
+            found[call.op_class] = found.get(call.op_class, 0.0) + seconds
+        return found

@@ -1,7 +1,8 @@
 """Seconds of a step as an interval: from a chip's published peaks, or from a calibration of a real device.
 
 low    the roofline: all arithmetic at the peak or all compulsory bytes at full bandwidth, whichever takes longer.
-       With a calibration, "peak" and "bandwidth" are the best rates that were ever seen while measuring.
+       With a calibration, "peak" and "bandwidth" are the best rates that were ever seen while measuring. That is no
+       law of nature, so low is also at most the expected time shrunk by the error of the other direction.
 high   with a calibration: the expected time (each op call by the measured cost of its kind, plus the step's overhead),
        stretched by the largest error that the same prediction made on the calibration's own engine steps.
        Without one, an ASSUMPTION that is meant to be wide: see `ASSUMED`.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -94,12 +95,14 @@ class Variant:
     """What was measured for one dtype or scheme.
 
     linear: rows -> (median, best) seconds per weight element of a linear op with so many rows.
+    best: FLOP/s and bytes/s of the linear ops of an engine step taken together, the highest that were seen.
     overhead: seconds of a step outside the ops: per op call, per element passed between layers, per logit.
     error: phase -> (least, median, largest) ratio of measured to expected seconds over the calibration's engine steps.
     """
 
     linear: dict[int, tuple[float, float]] = field(default_factory=dict)
     ops: dict[str, OpFit] = field(default_factory=dict)
+    best: tuple[float, float] = (0.0, 0.0)
     overhead: tuple[float, float, float] = (0.0, 0.0, 0.0)
     error: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
@@ -115,9 +118,16 @@ class Variant:
         share = math.log(rows / points[i - 1]) / math.log(points[i] / points[i - 1])
         return values[i - 1] ** (1 - share) * values[i] ** share
 
+    def saw(self, calls: Sequence[tuple[OpCall, float]]) -> None:
+        """Keep the highest rates of the linear ops of one engine step; `calls` with their seconds."""
+        linear = [(call, seconds) for call, seconds in calls if call.op_class == "linear"]
+        if seconds := sum(seconds for _, seconds in linear):
+            flops, moved = sum(call.flops for call, _ in linear), sum(call.bytes for call, _ in linear)
+            self.best = max(self.best[0], flops / seconds), max(self.best[1], moved / seconds)
+
     def peak(self) -> float:
-        """FLOP/s of the best linear op ever seen."""
-        return max(2 * rows / best for rows, (_, best) in self.linear.items())
+        """The most FLOP/s of linear ops that was ever seen."""
+        return max([self.best[0], *(2 * rows / best for rows, (_, best) in self.linear.items())])
 
 
 # Beyond the largest error that was seen, because a handful of probe steps do not show the worst one.
@@ -154,9 +164,10 @@ class Calibration:
 
     def best_bandwidth(self) -> float:
         """The fastest that bytes were seen to arrive, by the read probe or by a linear op with one row."""
-        per_element = {"float32": 4.0, "w8a8": 1.0, "w8a16": 1.0, "w4a16": 0.5}
+        per_element = {"float32": 4.0, "w8a8": 1.0, "w8a16": 1.0, "w4a16": 0.5, "w4a8": 0.5}
         found = [self.bandwidth[1]]
         for name, variant in self.variants.items():
+            found.append(variant.best[1])
             if 1 in variant.linear:
                 found.append(per_element.get(name, 2.0) / variant.linear[1][1])
         return max(found)
@@ -182,6 +193,7 @@ def _variant(data: Mapping[str, Any]) -> Variant:
     return Variant(
         linear={int(rows): (times[0], times[1]) for rows, times in data["linear"].items()},
         ops={name: OpFit(**fit) for name, fit in data["ops"].items()},
+        best=tuple(data.get("best", (0.0, 0.0))),
         overhead=tuple(data["overhead"]),
         error={phase: tuple(ratios) for phase, ratios in data["error"].items()},
     )
@@ -199,12 +211,12 @@ class CalibratedRates:
         raw = self.raw(cost)
         if phase not in self.variant.error:
             return Interval(low, raw, raw * UNMEASURED_STRETCH)
-        _, median, largest = self.variant.error[phase]
-        stretch = max(LEAST_STRETCH, MARGIN * largest / median)
+        least, median, largest = self.variant.error[phase]
+        stretch, shrink = max(LEAST_STRETCH, MARGIN * largest / median), MARGIN * median / least
         if any(call.op not in self.variant.ops for call in cost.calls if call.op_class != "linear"):
             stretch = max(stretch, UNMEASURED_STRETCH)
         expected = max(raw * median, low or 0.0)
-        return Interval(low, expected, expected * stretch)
+        return Interval(min(low or expected, expected / shrink), expected, expected * stretch)
 
     def raw(self, cost: StepCost) -> float:
         """Sum over op calls, and the overhead: before the correction by what the probe steps showed."""

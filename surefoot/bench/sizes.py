@@ -81,7 +81,7 @@ def peaks(device: Device, info: dict[str, Any], calibrated: Peaks | None = None)
         return calibrated(scheme or dtype)
     known = device.capabilities
     return {
-        "flops_per_s": known.peak_flops.get("int8" if scheme == "w8a8" else dtype),
+        "flops_per_s": known.peak_flops.get("int8" if scheme in ("w8a8", "w4a8") else dtype),
         "bytes_per_s": known.memory_bandwidth,
         "source": known.source or "unknown for this chip: `surefoot calibrate` measures them",
     }

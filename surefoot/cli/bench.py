@@ -131,12 +131,10 @@ def bench(
         vllm.check_unused(backend)
     data = _measured(given, config, vllm, _named(proof))
     if as_json:
-        print(json.dumps(data, ensure_ascii=False, default=str))
-    else:
-        from surefoot.bench.screen import show
+        return print(json.dumps(data, ensure_ascii=False, default=str))
+    from surefoot.bench.screen import show
 
-        show(data, str(output), tools)
-    return None
+    return show(data, str(output), tools)
 
 
 def _measured(
