@@ -131,7 +131,8 @@ class Recorder(TorchDispatchMode):
     def _on_op(self, spec: OpSpec, args: tuple, kwargs: dict, run: Callable[[], Any]) -> Any:
         def again(*baked: Any, **named: Any) -> Any:
             device = next(t for t in tree_flatten((baked, named))[0] if isinstance(t, torch.Tensor)).device
-            return dispatch(spec, device.type, baked, named)
+            with capturing(Graph()):  # the implementation that the capture took
+                return dispatch(spec, device.type, baked, named)
 
         if self._inside:
             return run()
