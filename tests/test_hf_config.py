@@ -3,9 +3,9 @@
 import json
 
 import pytest
-import transformers
 
 from surefoot.core.errors import ModelError
+from surefoot.weights import hf_config
 from surefoot.weights.hf_config import read_config, rope_of_version_4
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -22,7 +22,7 @@ class Plain:
 
 
 def test_version_4_gets_the_settings_it_reads(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    monkeypatch.setattr(hf_config, "major_version", lambda: 4)
     config = Plain(LLAMA3 | {"partial_rotary_factor": 0.5})
     rope_of_version_4(config)
     assert config.rope_theta == 5e5 and config.partial_rotary_factor == 0.5
@@ -33,7 +33,7 @@ def test_version_4_gets_the_settings_it_reads(monkeypatch):
 
 
 def test_version_5_is_left_alone(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "5.2.0")
+    monkeypatch.setattr(hf_config, "major_version", lambda: 5)
     config = Plain(LLAMA3)
     rope_of_version_4(config)
     assert (config.rope_theta, config.rope_scaling) == (10000.0, None)

@@ -56,6 +56,7 @@ def failed(proof: Proof) -> str | None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", ["canary-llama", "canary-qwen3.5"])
 def test_canaries_are_proven(model, dtype):
+    tiny.need_transformers_of(model)
     proof = prove(model, dtype=dtype, long_tokens=200)
     assert proof.verdict == "proven", [f.summary for f in proof.findings]
     status = {f.check: f.status for f in proof.findings}

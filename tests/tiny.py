@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,13 @@ CONFIGS = {
 }
 
 
+def need_transformers_of(model: str) -> None:
+    """Skip when the installed transformers is older than the model's family."""
+    version = importlib.metadata.version("transformers")
+    if "qwen3.5" in model and tuple(map(int, version.split(".")[:2])) < (5, 2):
+        pytest.skip(f"transformers {version} has no Qwen3.5 (5.2 and newer have)")
+
+
 def reference(name: str):
     """The transformers model of a named config: fp32, eager attention, norms and biases random too."""
     import transformers
@@ -90,8 +98,7 @@ def reference(name: str):
     from surefoot.weights.hf_config import rope_of_version_4
 
     family, changes = CONFIGS[name]
-    if family == "qwen3.5" and not hasattr(transformers, "Qwen3_5TextConfig"):
-        pytest.skip(f"transformers {transformers.__version__} has no Qwen3.5 (5.2 and newer have)")
+    need_transformers_of(family)
     if family == "llama":
         config = transformers.LlamaConfig(**(LLAMA | changes))
         rope_of_version_4(config)

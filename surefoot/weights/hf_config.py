@@ -7,6 +7,7 @@ refute sound models.
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,18 @@ def read_config(folder: str | Path) -> Any:
 
 def rope_of_version_4(config: Any) -> None:
     """Write `rope_parameters` as the settings that transformers 4 reads; nothing happens under transformers 5."""
-    import transformers
-
     rope = dict(getattr(config, "rope_parameters", None) or {})
-    if not rope or int(transformers.__version__.split(".")[0]) >= 5:
+    if not rope or major_version() >= 5:
         return
     if "rope_theta" in rope:
         config.rope_theta = rope.pop("rope_theta")
     if "partial_rotary_factor" in rope:
         config.partial_rotary_factor = rope.pop("partial_rotary_factor")
     config.rope_scaling = None if rope.get("rope_type", "default") == "default" else rope
+
+
+def major_version() -> int:
+    return int(importlib.metadata.version("transformers").split(".")[0])
 
 
 def _unreadable(folder: str | Path, error: Exception, version: str) -> str:
