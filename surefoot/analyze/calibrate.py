@@ -27,6 +27,7 @@ import torch
 from surefoot import ops
 from surefoot.analyze import probes
 from surefoot.analyze.estimate import sketch
+from surefoot.analyze.probes import OpTimes
 from surefoot.analyze.rates import FORMAT, CalibratedRates, Calibration, OpFit, Variant
 from surefoot.analyze.roofline import OpCall, StepCost, step_cost
 from surefoot.core.config import QUANT_SCHEMES, EngineConfig
@@ -42,7 +43,7 @@ Progress = Callable[[str, float | None], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. The defaults take about a minute on two quiet CPU cores."""
+    """What is measured. The defaults take two to three minutes on two quiet CPU cores, one dtype about 20 s."""
 
     device: str = "cpu"
     variants: tuple[str, ...] = ("float32", "bfloat16", "float16", *QUANT_SCHEMES)
@@ -187,8 +188,8 @@ def _fit_engine(found: Calibration, name: str, device: Device, settings: Setting
             samples: list[list[float]] = [[] for _ in plan]
             for _ in range(ROUNDS):
                 for (phase, step), taken in zip(plan, samples):
-                    taken += probes.seconds(engine, phase, step, (settings.repeats + 1) // 2)
-                    times = probes.op_seconds(engine, device, phase, step)
+                    times = OpTimes(device)
+                    taken += probes.seconds(engine, phase, step, (settings.repeats + 1) // 2, times)
                     variant.saw(times.calls)
                     calls += times.calls
             for (phase, step), taken in zip(plan, samples):

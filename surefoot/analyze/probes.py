@@ -68,12 +68,24 @@ def run(engine: Engine, phase: str, step: Step) -> float:
         return timed(engine)
 
 
-def seconds(engine: Engine, phase: str, step: Step, repeats: int) -> list[float]:
-    """The same `repeats` times, after once for warming up. Decode steps follow each other, so contexts grow by one."""
+def seconds(engine: Engine, phase: str, step: Step, repeats: int, ops_too: OpTimes | None = None) -> list[float]:
+    """The same `repeats` times, after once for warming up. Decode steps follow each other, so contexts grow by one.
+
+    ops_too: gets the op calls of one more such step, which is not in the result.
+    """
+    watched = ops_too.watch() if ops_too is not None else None
     if phase == "prefill":
-        return [prefill(engine, step) for _ in range(repeats + 1)][1:]
+        found = [prefill(engine, step) for _ in range(repeats + 1)][1:]
+        if watched is not None:
+            with watched:
+                prefill(engine, step)
+        return found
     with decoding(engine, step):
-        return [timed(engine) for _ in range(repeats + 1)][1:]
+        found = [timed(engine) for _ in range(repeats + 1)][1:]
+        if watched is not None:
+            with watched:
+                timed(engine)
+        return found
 
 
 def prefill(engine: Engine, step: Step) -> float:
