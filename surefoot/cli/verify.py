@@ -16,12 +16,10 @@ if TYPE_CHECKING:
     from surefoot.verify.proof import Proof
     from surefoot.verify.shapes import VerifySettings
 
-NOT_YET = {
-    "quant": "--quant: this engine has no quantised schemes yet; prove the float model",
-    "graph": "--graph: this engine has no graph mode yet; everything runs eagerly",
-}
-
-TARGET = {name: ENGINE[name] for name in ("device", "dtype", "ops", "random_weights", "num_threads")}
+TARGET = {
+    name: ENGINE[name]
+    for name in ("device", "dtype", "ops", "quant", "quant_group_size", "quant_lm_head", "graph", "random_weights")
+} | {"num_threads": ENGINE["num_threads"]}
 OptionalModel = Annotated[
     str | None,
     typer.Argument(metavar="MODEL", help="A model folder, canary-..., hf:ORG/NAME or modelscope:ORG/NAME."),
@@ -49,8 +47,10 @@ Drill = Annotated[
     bool, typer.Option("--drill", help="Instead of a proof: plant faults and see whether each is found and named.")
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where the proof goes.")]
-Quant = Annotated[str | None, typer.Option(metavar="SCHEME", hidden=True)]
-Graph = Annotated[bool, typer.Option("--graph", hidden=True)]
+Thorough = Annotated[bool, typer.Option("--thorough", help="Paths at all lengths up to 2049 tokens, not up to 129.")]
+Base = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="What a quantised folder was made from, to count the cost.")
+]
 
 
 @flags(VllmSettings, "vllm", VLLM)
@@ -64,11 +64,11 @@ def verify(
     prompts: Prompts = None,
     streamed_reference: Streamed = False,
     skip_parity: SkipParity = False,
+    thorough: Thorough = False,
+    base: Base = None,
     sensitivity: Sensitivity = True,
     drill: Drill = False,
     output: Output = Path("proof.json"),
-    quant: Quant = None,
-    graph: Graph = False,
     *,
     config: EngineConfig,
     vllm: VllmSettings,
@@ -82,14 +82,12 @@ def verify(
     Examples:
       surefoot verify canary-llama
       surefoot verify DIR --device npu:0 --dtype bfloat16 -o proof.json
+      surefoot verify DIR --quant w8a8 --dtype bfloat16  # against what the scheme must give, and what it costs
       surefoot verify DIR --random-weights 0             # a folder with only a config.json
       surefoot verify DIR --url http://localhost:8000    # any OpenAI-compatible server of the same model
       surefoot verify DIR --backend vllm --device npu    # a `vllm serve` of its own
       surefoot verify --drill                            # does the proof find what it should?
     """
-    for given, what in ((quant, "quant"), (graph, "graph")):
-        if given:
-            raise InputError(NOT_YET[what])
     if drill:
         raise typer.Exit(_drill())
     if model is None:
@@ -106,6 +104,8 @@ def verify(
         prompts=prompts,
         streamed_reference=streamed_reference,
         skip_parity=skip_parity,
+        thorough=thorough,
+        base=base,
         measure_sensitivity=sensitivity,
     )
     if backend != "vllm":

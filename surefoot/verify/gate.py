@@ -8,13 +8,14 @@ A server is a black box: what endpoint.py found on it is evidence as it stands, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from surefoot.verify.judge import Judgement, Series, judge, logit_series
-from surefoot.verify.pack import unpack_index, unpack_rows
+from surefoot.verify.pack import unpack, unpack_index, unpack_rows
 from surefoot.verify.shapes import CHECKS, Finding, Verdict
 from surefoot.verify.summary import summary
 
@@ -26,6 +27,8 @@ def decide(evidence: Evidence) -> tuple[Verdict, list[Finding]]:
     findings = [_of_server(Finding(**f)) for f in evidence.get("endpoint", {}).get("findings", ())]
     for check in CHECKS if "endpoint" not in evidence else ():
         findings += examine(check, evidence, stopped=any(f.status == "fail" for f in findings))
+    if "cost" in evidence:
+        findings.append(cost_finding(evidence["cost"]))
     statuses = {f.status for f in findings}
     if "fail" in statuses:
         return "refuted", findings
@@ -153,6 +156,37 @@ def _path(found: Finding) -> Finding:
     if found.status == "pass" and wrong:
         return Finding("parity", "fail", f"{facts.get('path')}: its numbers do not pass", facts)
     return found
+
+
+# ---- quantisation
+
+
+def cost_finding(given: Evidence) -> Finding:
+    """The figures of `cost_evidence`; it passes whatever they are."""
+    sequence = unpack_index(given["sequence"])
+    # Not the mixed text, which is the last sequence; and nothing follows the last token of a sequence.
+    followed = np.r_[np.diff(sequence) == 0, False]
+    text = followed & ((sequence < sequence.max()) | (sequence.max() == 0))
+    before = _perplexity(unpack(given["base_nll"])[text])
+    sides = {}
+    for name, rows in given["sides"].items():
+        kl, flip = unpack(rows["kl"]), unpack(rows["flip"])
+        sides[name] = summary(kl, sequence) | {
+            "agreement": float(np.mean(flip == 0)),
+            "perplexity": _perplexity(unpack(rows["nll"])[text]),
+        }
+    target = sides["target"]
+    line = (
+        f"against the unquantised model: KL {target['mean']:.2g} +- {target['se']:.1g}, same first choice "
+        f"{target['agreement']:.2%}, perplexity of prompts and answers {before:.4g} -> {target['perplexity']:.4g}; "
+    )
+    alone = [f"the scheme by itself {sides['scheme']['mean']:.2g}"]
+    alone += [f"the dtype {sides['dtype']['mean']:.2g}"] if "dtype" in sides else []
+    return Finding("cost", "pass", line + "KL of " + ", of ".join(alone), {"perplexity": before, "sides": sides})
+
+
+def _perplexity(nll: np.ndarray) -> float:
+    return math.exp(min(float(nll.mean()), 700.0)) if len(nll) else 1.0
 
 
 # ---- measured checks

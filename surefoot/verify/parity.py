@@ -71,8 +71,7 @@ def path_parity(
             progress(f"paths: {name}", i / len(checks))
         poison(backend.engine, len(probe.text))
         found += _guarded(name, check, backend)
-    graph = Finding("parity", "not_possible", "graph = eager: this engine runs eagerly", {"path": "graph = eager"})
-    return [*found, graph]
+    return found
 
 
 def _guarded(name: str, check: Check, backend: NativeBackend) -> list[Finding]:
@@ -122,6 +121,7 @@ class Paths:
             "prefix miss = hit": self.prefix_cache,
             "before = after preemption": self.preemption,
             "server": self.server,
+            "graph = eager": self.graphs,
             "repeat after all others": lambda: self.repeat("repeat after all others"),
         }
 
@@ -323,6 +323,24 @@ class Paths:
         if not happened:
             return Finding("parity", "not_possible", f"{name}: no preemption could be forced", {"path": name})
         return self.judged(name, answers, count, preemptions=happened)
+
+    def graphs(self) -> Finding:
+        """The same greedy answers with captured decode steps and without, to the bit where a graph replays them."""
+        name, count, runner = "graph = eager", 24, self.engine.runner
+        if runner.graphs is None:
+            why = "switched off" if self.engine.config.graph == "off" else "this engine runs eagerly"
+            return Finding("parity", "not_possible", f"{name}: {why}", {"path": name})
+        prompts, before = self.ragged(8, 33, count), runner.graphs.replays
+        with uncached(self.engine):
+            replayed = self.engine.generate(prompts, self.greedy(count))
+            steps = runner.graphs.replays - before
+            with runner.eagerly():
+                eager = self.engine.generate(prompts, self.greedy(count))
+        found = self.judged(name, [*replayed, *eager], count, replayed_steps=steps)
+        found.details["tokens_the_same"] = [a.token_ids for a in replayed] == [b.token_ids for b in eager]
+        if found.status == "pass" and not steps:
+            return Finding("parity", "not_possible", f"{name}: no decode step was replayed", found.details)
+        return found
 
     def server(self) -> list[Finding]:
         """The prefix cache is on here, as users have it."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from surefoot.verify.proof import Proof
 from surefoot.verify.shapes import Finding
 
 MARKS = {"pass": "ok", "fail": "FAIL", "undecided": "?", "not_possible": "-", "not_reached": "."}
-WIDTH = 110
+WIDTH = 118
 
 
 def lines(proof: Proof) -> list[str]:
@@ -16,17 +17,18 @@ def lines(proof: Proof) -> list[str]:
     data = proof.data
     out = [headline(proof)]
     for finding in _merged(_grouped(proof.findings)):
-        out.append(f"  {MARKS[finding.status]:4} {finding.check:9} {_cut(finding.summary)}")
+        mark = "" if finding.check == "cost" else MARKS[finding.status]  # nothing is judged there
+        out += _wrapped(f"  {mark:4} {finding.check:9} ", finding.summary)
     place, cause = data.get("localisation"), data.get("cause")
     if place:
         op = f", op {place['op']}" if place.get("op") else ""
         out.append(f"  where    {place['module']}{op}: its own error is {_times(place)} its budget")
     if cause:
-        out.append(f"  cause    {_cut(cause['sentence'])}")
+        out += _wrapped("  cause    ", cause["sentence"])
     elif place:
         out.append("  cause    not in the catalogue: no known mistake gives this output")
-    out += [f"  note     {note}" for note in data.get("notes", [])]
-    out += _sensitivity(data.get("sensitivity") or {})
+    out += [line for note in data.get("notes", []) for line in _wrapped("  note     ", note)]
+    out += _sensitivity(data.get("sensitivity") or {}) + _took(data)
     target, prompts = data["target"], data["prompts"]
     versions = target.get("versions") or {}
     stack = ", ".join(f"{k} {v}" for k, v in versions.items() if k in ("surefoot", "torch", "transformers"))
@@ -63,7 +65,9 @@ def _merged(findings: list[Finding]) -> list[Finding]:
 def headline(proof: Proof) -> str:
     data = proof.data
     target = data["target"]
-    where = f"{target.get('device', '?')} in {target.get('dtype', '?')} ({target.get('backend', '?')})"
+    scheme = (target.get("quant") or {}).get("scheme")
+    kind = ", ".join([str(target.get("dtype", "?")), *([scheme] if scheme else [])])
+    where = f"{target.get('device', '?')} in {kind} ({target.get('backend', '?')})"
     name = data["model"]["name"]
     if proof.partial:
         return f"PARTIAL: the verification of {name} on {where} was interrupted; what was found until then:"
@@ -91,8 +95,25 @@ def _sensitivity(found: dict[str, Any]) -> list[str]:
     return [f"  {'catches' if i == 0 else '':7}  {part}" for i, part in enumerate(parts)]
 
 
+def _took(data: dict[str, Any]) -> list[str]:
+    """The time of the whole, and what it costs to keep the activations of a pass."""
+    seconds = sum((data.get("seconds") or {}).values())
+    capture = (data.get("calibration") or {}).get("capture")
+    if not seconds:
+        return []
+    line = f"{seconds:.0f} s"
+    if capture:
+        plain, kept = capture["plain_s"], capture["capturing_s"]
+        line += f"; a pass over {capture['tokens']} tokens {plain:.3g} s, {kept:.3g} s with its activations kept"
+    return [f"  took     {line}"]
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.2g} %"
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head)) or [head]
 
 
 def _cut(text: str) -> str:

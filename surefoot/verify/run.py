@@ -32,7 +32,7 @@ from surefoot.verify.pathcapture import plain
 from surefoot.verify.proof import FORMAT, Proof, jsonable
 from surefoot.verify.quantised import weights_of
 from surefoot.verify.shapes import CHECKS, Cause, Finding, Localisation, Progress, VerifySettings
-from surefoot.verify.sides import expected_backend, open_reference, open_target
+from surefoot.verify.sides import base_of, expected_backend, is_quantised, open_reference, open_target
 from surefoot.weights.checkpoint import Checkpoint
 from surefoot.weights.hub import resolve
 
@@ -159,7 +159,13 @@ class Session:
             return {"not_possible": f"the {self.target.name} backend has one path only"}
         from surefoot.verify.parity import path_parity
 
-        found = path_parity(self.target, self.settings, lambda what, _: self.tick(what), text=self.asked.sequences[-1])
+        found = path_parity(
+            self.target,
+            self.settings,
+            lambda what, _: self.tick(what),
+            thorough=self.settings.thorough,
+            text=self.asked.sequences[-1],
+        )
         return {"findings": [f.as_dict() for f in found]}
 
     def work(self) -> Proof:
@@ -172,9 +178,32 @@ class Session:
             self._keep()
             if failed := next((f for f in found if f.status == "fail"), None):
                 return self.proof(*self.explain(failed))
+            if check == "logits":
+                self.count_cost()
         if self.settings.measure_sensitivity and model_of(self.target) is not None:
             self.stage("sensitivity", self.measure_sensitivity)
         return self.proof(None, None)
+
+    def count_cost(self) -> None:
+        """Of a quantised target: what the scheme costs."""
+        if not is_quantised(self.settings):
+            return
+        base = base_of(self.settings)
+        if base is None:
+            self.notes.append("the scheme's cost was not counted: give the unquantised model with --base")
+            return
+        self.evidence["cost"] = jsonable(self.stage("cost", lambda: self._cost(base)))
+
+    def _cost(self, settings: VerifySettings) -> dict[str, Any]:
+        from surefoot.verify.cost import cost_evidence
+
+        self.tick("loading the unquantised model")
+        base = expected_backend(settings, torch.float32)
+        same_model(base, self.target)
+        sides = {"target": self.target, "scheme": self.reference}
+        if self.dtype != torch.float32:
+            sides["dtype"] = expected_backend(settings, self.dtype)
+        return cost_evidence(base, sides, self.asked.sequences, self.tick)
 
     def measure_sensitivity(self) -> None:
         from surefoot.verify.sensitivity import smallest_faults
@@ -316,6 +345,8 @@ def _quiet() -> Iterator[None]:
 
 def prove(settings: VerifySettings, progress: Progress | None = None, partial: Path | None = None) -> Proof:
     """Open both sides as the settings say and compare them."""
+    if settings.base is not None and not is_quantised(settings):
+        raise InputError("--base is for a quantised model: give --quant, or the folder of one")
     if settings.url is not None:
         from surefoot.verify.remote import prove_endpoint
 

@@ -27,6 +27,7 @@ class VerifySettings:
     prompts: a file of prompts instead of the built-in set.  continuation_tokens: greedy tokens of the reference behind
     each prompt.  long_tokens: length of the mixed text that covers late positions.
     streamed_reference: fp32 layer by layer, for models whose fp32 weights exceed the memory.
+    thorough: paths at all boundary lengths up to 2049 tokens, not only up to 129.
     measure_sensitivity: plant scaled faults after a proof, to say which it would have caught.
     noise_factor: how many times the expected error of its dtype a single module may be off.
     """
@@ -41,6 +42,7 @@ class VerifySettings:
     quant: str | None = None
     quant_group_size: int | None = None
     quant_lm_head: bool = False
+    graph: str = "auto"
     base: str | None = None
     url: str | None = None
     url_model: str | None = None
@@ -48,6 +50,7 @@ class VerifySettings:
     prompts: Path | None = None
     streamed_reference: bool = False
     skip_parity: bool = False
+    thorough: bool = False
     measure_sensitivity: bool = False
     continuation_tokens: int = 32
     long_tokens: int = 384
@@ -62,6 +65,7 @@ class VerifySettings:
             "ops": self.ops,
             "random_weights": self.random_weights,
             "num_threads": self.num_threads,
+            "graph": self.graph,
             **self._quant(),
         }
         return EngineConfig(**(given | changes))

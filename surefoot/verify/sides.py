@@ -7,6 +7,7 @@ base        the model as it was before it was quantised, fp32: what the scheme's
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +89,14 @@ def expected_backend(settings: VerifySettings, dtype: torch.dtype, drawn: torch.
     return open_backend("transformers", settings.model, config)
 
 
-def open_base(settings: VerifySettings) -> Backend | None:
-    """The model as it was before; None where it is not at hand."""
-    from dataclasses import replace
-
+def base_of(settings: VerifySettings) -> VerifySettings | None:
+    """Settings of the model as it was before it was quantised; None where that is not at hand."""
     if not is_quantised(settings) or settings.base is None and quantised_folder(settings.model):
         return None
     model = settings.base or settings.model
     if quantised_folder(model):
         raise InputError(f"--base {model} is quantised itself: give the model that {settings.model} was made from")
-    plain = replace(settings, model=model, quant=None, quant_group_size=None, quant_lm_head=False)
-    return expected_backend(plain, torch.float32)
+    return replace(settings, model=model, quant=None, quant_group_size=None, quant_lm_head=False)
 
 
 def open_target(settings: VerifySettings) -> Backend:
