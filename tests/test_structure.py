@@ -31,7 +31,7 @@ FLOORS = [
     {"backends"},
     {"run", "serve"},
     {"verify", "bench", "analyze", "report"},
-    {"bringup"},
+    {"bringup", "compare"},
     {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -19,6 +19,7 @@ from surefoot.cli import (
     bench,
     bringup,
     calibrate,
+    compare,
     doctor,
     estimate,
     info,
@@ -78,6 +79,7 @@ app.command("calibrate", short_help="Measure this device for estimates.")(calibr
 app.command("audit", short_help="Check published numbers against each other.")(audit.audit)
 app.command("ops", short_help="List the operators a model needs on an NPU.")(ops.ops)
 app.command("doctor", short_help="Find what is wrong with an installation.")(doctor.doctor)
+app.command("compare", short_help="Compare models or configurations.")(compare.compare)
 app.command("info", short_help="Show what is in effect for a model.")(info.info)
 
 
