@@ -98,7 +98,7 @@ def test_known_answers(check, right, wrong):
 FIBONACCI = {
     "the n-th": "def fib(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a",
     "recursive from 1": "def f(n: int) -> int:\n    return n if n < 2 else f(n - 1) + f(n - 2)",
-    "the first n": "def fib(n):\n    s = [0, 1]\n    while len(s) < n:\n        s.append(s[-1] + s[-2])\n    return s[:n]",
+    "the first n": "def fib(n):\n    s = [0, 1]\n    for _ in range(n):\n        s += [s[-1] + s[-2]]\n    return s[:n]",
     "generator": "def fib(n):\n    a, b = 0, 1\n    for _ in range(n):\n        yield a\n        a, b = b, a + b",
     "asks for input": "def fib(n, m={}):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\nprint(fib(10))",
 }
@@ -222,17 +222,8 @@ def measured(tmp_path_factory) -> Path:
     rows = [{"id": p.id, "kind": p.kind, "text": p.text, "checks": list(p.checks)} for p in asked]
     (folder / "prompts.json").write_text(json.dumps(rows))
     sides = ["canary-llama:threads=1", "canary-llama:quant=w8a8,name=int8,threads=1", "no-such-model"]
-    words = [
-        "compare",
-        *sides,
-        "--repeats",
-        "2",
-        "--prompts",
-        str(folder / "prompts.json"),
-        "-o",
-        str(folder / "c.json"),
-    ]
-    assert run_cli(words) == 0
+    words = ["--repeats", "2", "--prompts", str(folder / "prompts.json"), "-o", str(folder / "c.json")]
+    assert run_cli(["compare", *sides, *words]) == 0
     return folder
 
 
@@ -279,7 +270,7 @@ def test_the_screen_fits_and_says_what_failed(measured, capsys):
     assert run_cli(["compare", "--from", str(measured / "c.json"), "--no-charts"]) == 0
     said = capsys.readouterr().out
     assert len(said.splitlines()) <= 40
-    for text in (
+    wanted = [
         "per question",
         "per token",
         "peak memory",
@@ -287,29 +278,21 @@ def test_the_screen_fits_and_says_what_failed(measured, capsys):
         "3 of 3",
         "UNPROVEN",
         "failed: no-such-model",
-    ):
-        assert text in said
+    ]
+    assert [text for text in wanted if text not in said] == []
 
 
 def test_scores_by_hand(measured, capsys, tmp_path):
+    again = ["compare", "--from", str(measured / "c.json"), "--no-charts", "--scores", str(tmp_path / "s.csv")]
     sheet = (measured / "c.scores.csv").read_text()
-    filled = sheet.replace("int8,q3,correctness,", "int8,q3,correctness,4").replace(
-        "int8,q5,correctness,", "int8,q5,correctness,5"
-    )
-    (tmp_path / "s.csv").write_text(filled)
-    assert (
-        run_cli(["compare", "--from", str(measured / "c.json"), "--scores", str(tmp_path / "s.csv"), "--no-charts"])
-        == 0
-    )
+    filled = sheet.replace("int8,q3,correctness,", "int8,q3,correctness,4")
+    (tmp_path / "s.csv").write_text(filled.replace("int8,q5,correctness,", "int8,q5,correctness,5"))
+    assert run_cli(again) == 0
     assert "4.50 (n=2)" in capsys.readouterr().out
-    for wrong in (
-        sheet,
-        sheet.replace("q3,correctness,", "q3,correctness,6"),
-        "a,b\n1,2\n",
-        sheet.replace("int8,", "int9,"),
-    ):
+    six, unknown = sheet.replace("q3,correctness,", "q3,correctness,6"), filled.replace("int8,", "int9,")
+    for wrong in (sheet, six, unknown, "a,b\n1,2\n"):
         (tmp_path / "s.csv").write_text(wrong)
-        assert run_cli(["compare", "--from", str(measured / "c.json"), "--scores", str(tmp_path / "s.csv")]) == 2
+        assert run_cli(again) == 2
 
 
 def test_nonsense_of_a_judge_is_recorded_and_not_scored(measured, judge_url, capsys):
