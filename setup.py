@@ -4,6 +4,7 @@ One source, `isa.cpp`, is compiled once per instruction set with that set's flag
 PyTorch is not needed here. Without a working compiler the package installs all the same and runs on PyTorch's ops.
 """
 
+import os
 import platform
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -53,9 +54,12 @@ class BuildKernels(build_ext):
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         libraries = ["dl", "pthread"] if platform.system() == "Linux" else []
+        # Beside the old file and then in its place: a process that has it mapped keeps what it mapped.
+        fresh = f"{target}.new"
         self.compiler.link_shared_object(
-            objects, target, libraries=libraries, library_dirs=self.library_dirs, target_lang="c++"
+            objects, fresh, libraries=libraries, library_dirs=self.library_dirs, target_lang="c++"
         )
+        os.replace(fresh, target)
 
     def compile(self, ext, source, variant, flags):
         folder = Path(self.build_temp) / (variant or "common")

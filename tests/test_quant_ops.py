@@ -83,12 +83,14 @@ def calls(rows=9, inner=512, outer=40):
             "w8a16": lambda x: ops.linear_w8(x, q, scale),
             "w8a8": lambda x: ops.linear_w8(x, q, scale, act="int8"),
             "w4a16": lambda x: ops.linear_w4(x, packed, scale4, 32),
+            "w4a8": lambda x: ops.linear_w4(x, packed, scale4, 32, act="int8"),
         },
     )
 
 
 @pytest.mark.parametrize(
-    "name,weights,activations", [("w8a16", 0.01, 1e-4), ("w8a8", 0.02, 0.02), ("w4a16", 0.2, 1e-4)]
+    "name,weights,activations",
+    [("w8a16", 0.01, 1e-4), ("w8a8", 0.02, 0.02), ("w4a16", 0.2, 1e-4), ("w4a8", 0.2, 0.02)],
 )
 def test_distance_from_the_full_precision_product(isa, name, weights, activations):
     """Two errors: of the weights, against the original; of the activations, against the same rounded weights."""
@@ -96,23 +98,23 @@ def test_distance_from_the_full_precision_product(isa, name, weights, activation
     y, exact = by[name](x), x @ w.t()
     assert (y - exact).norm() <= weights * exact.norm()
     with ops.use("reference"):
-        rounded = calls(inner=2048)[2]["w8a16" if name == "w8a8" else name](x)
+        rounded = calls(inner=2048)[2][name.replace("a8", "a16")](x)
     assert (y - rounded).norm() <= activations * rounded.norm()
 
 
-@pytest.mark.parametrize("name", ["w8a16", "w8a8", "w4a16"])
-@pytest.mark.parametrize("inner", [512, 2048, 96])
+@pytest.mark.parametrize("name", ["w8a16", "w8a8", "w4a16", "w4a8"])
+@pytest.mark.parametrize("inner", [512, 2048, 96, 8192])
 def test_a_token_is_bitwise_the_same_in_any_batch(isa, name, inner):
-    x, _, by = calls(70, inner)
+    x, _, by = calls(131, inner)
     x[3] *= 1e4  # a loud neighbour
     if cpu.kernels is None:
         pytest.skip("PyTorch's products depend on the batch")
     alone = torch.cat([by[name](row) for row in x.split(1)])
-    for rows in (2, 5, 8, 13, 64, 70):
+    for rows in (2, 5, 8, 13, 47, 48, 64, 70, 131):
         assert torch.equal(by[name](x[:rows]), alone[:rows]), rows
 
 
-@pytest.mark.parametrize("name", ["w8a16", "w8a8", "w4a16"])
+@pytest.mark.parametrize("name", ["w8a16", "w8a8", "w4a16", "w4a8"])
 def test_nan_and_infinity_stay_in_their_row_and_are_never_hidden(isa, name):
     x, _, by = calls(5)
     x[1, 7], x[2, 300], x[3] = torch.nan, -torch.inf, 0.0
@@ -130,8 +132,21 @@ def test_nothing_saturates_at_the_extremes(isa, inner, act):
         y = ops.linear_w8(x, q, torch.ones(5), act=act)
         torch.testing.assert_close(y, torch.full((2, 5), 3.0 * 127 * sign * inner), rtol=1e-6, atol=0)
     packed = torch.zeros(3, inner // 8, dtype=torch.int32)  # every weight is -8
-    y = ops.linear_w4(torch.full((2, inner), 3.0), packed, torch.ones(3, inner // 32), 32)
+    y = ops.linear_w4(torch.full((2, inner), 3.0), packed, torch.ones(3, inner // 32), 32, act=act)
     torch.testing.assert_close(y, torch.full((2, 3), -24.0 * inner), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rows", [47, 48, 53, 97])
+@pytest.mark.parametrize("inner,outer", [(96, 33), (130, 7), (64, 96), (1, 1), (300, 65)])
+def test_many_tokens_in_every_shape(isa, rows, inner, outer):
+    """Packed panels of weights: channels, tokens and inputs that fill none of them, and a bias."""
+    x, (q, scale), bias = randn(rows, inner), quantise_int8(randn(outer, inner, seed=1)), randn(outer, seed=2)
+    got = ops.linear_w8(x, q, scale, bias, "int8")
+    with ops.use("reference"):
+        torch.testing.assert_close(got, ops.linear_w8(x, q, scale, bias, "int8"), rtol=1e-6, atol=1e-6)
+    one_by_one = torch.cat([ops.linear_w8(row, q, scale, bias, "int8") for row in x.split(1)])
+    if cpu.kernels is not None:
+        assert torch.equal(got, one_by_one)
 
 
 def test_int8_minus_128_is_taken(isa):

@@ -62,7 +62,7 @@ def beyond_peak(claims: Claims) -> Iterator[Finding]:
 
 
 def _multiplies_in(dtype: str) -> str:
-    return {"w8a8": "int8", "w8a16": "float16", "w4a16": "float16"}.get(dtype, dtype)
+    return {"w8a8": "int8", "w4a8": "int8", "w8a16": "float16", "w4a16": "float16"}.get(dtype, dtype)
 
 
 def beyond_bandwidth(claims: Claims) -> Iterator[Finding]:

@@ -120,7 +120,7 @@ class Claims:
         return next(row for row in self.rows if row.id == name)
 
 
-BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "w8a8": 1.0, "w8a16": 1.0, "w4a16": 0.5}
+BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "w8a8": 1.0, "w8a16": 1.0, "w4a16": 0.5, "w4a8": 0.5}
 
 
 @dataclass(frozen=True)

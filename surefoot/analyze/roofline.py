@@ -156,7 +156,8 @@ _SHAPE_OF: dict[str, Callable[..., Any]] = {
 def kind_of(spec: OpSpec, args: tuple, kwargs: dict) -> str:
     """float dtype of the activations, or the scheme of a quantised linear op."""
     if spec.name == "linear_w4":
-        return "w4a16"
+        act = kwargs.get("act", args[5] if len(args) > 5 else "float")
+        return "w4a8" if act == "int8" else "w4a16"
     if spec.name == "linear_w8":
         act = kwargs.get("act", args[4] if len(args) > 4 else "float")
         return "w8a8" if act == "int8" else "w8a16"
@@ -279,7 +280,7 @@ def chip_peak(peak_flops: Mapping[str, float], dtype: str) -> Callable[[OpCall],
         if call.op_class != "linear":
             # NOTE: parts in fp32 may run on matrix units too, so a bound must not charge them the fp32 peak.
             return best
-        by = {"w8a8": "int8", "w8a16": dtype, "w4a16": dtype}
+        by = {"w8a8": "int8", "w4a8": "int8", "w8a16": dtype, "w4a16": dtype}
         return peak_flops.get(by.get(call.kind, call.kind))
 
     return peak

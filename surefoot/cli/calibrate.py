@@ -12,7 +12,7 @@ Device = Annotated[
 ]
 Dtypes = Annotated[
     list[str] | None,
-    typer.Option("--dtype", metavar="DTYPE", help="fp32, fp16, bf16, w8a8, w8a16, w4a16; default all."),
+    typer.Option("--dtype", metavar="DTYPE", help="fp32, fp16, bf16, w8a8, w8a16, w4a16, w4a8; default all."),
 ]
 Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads.")]
 Repeats = Annotated[int, typer.Option(metavar="N", help="Repeats of each measurement; the median counts.", min=2)]

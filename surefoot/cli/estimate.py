@@ -21,7 +21,7 @@ ChipName = Annotated[
 ]
 Dtypes = Annotated[
     list[str] | None,
-    typer.Option("--dtype", metavar="DTYPE", help="fp32, fp16, bf16, w8a8, w8a16, w4a16; several allowed."),
+    typer.Option("--dtype", metavar="DTYPE", help="fp32, fp16, bf16, w8a8, w8a16, w4a16, w4a8; several allowed."),
 ]
 Batches = Annotated[str, typer.Option("--batch", metavar="N,N", help="Batches of decode.")]
 Lengths = Annotated[str, typer.Option("--length", metavar="N,N", help="Prompt lengths, and cached tokens in decode.")]

@@ -60,7 +60,7 @@ ENGINE: dict[str, Any] = {
     "ops": _flag(str, "auto, or reference to force the readable op implementations.", metavar="POLICY"),
     "random_weights": _flag(int | None, "Random weights from this seed; needs only config.json.", metavar="SEED"),
     "num_threads": _flag(int | None, "CPU threads.", "--threads", metavar="N"),
-    "quant": _flag(str | None, "Quantise the weights on load: w8a16, w8a8 or w4a16.", metavar="SCHEME"),
+    "quant": _flag(str | None, "Quantise the weights on load: w8a16, w8a8, w4a16 or w4a8.", metavar="SCHEME"),
     "quant_group_size": _flag(int | None, "Inputs per int4 scale: 32, 64 or 128; default 32.", metavar="N"),
     "quant_lm_head": _flag(bool, "Quantise the output layer too.", "--quant-lm-head"),
     "graph": _flag(str, "Captured decode steps: auto, full (or fail), off.", metavar="MODE"),

@@ -9,7 +9,7 @@ import typer
 
 from surefoot.cli.flags import Model
 
-SchemeName = Annotated[str, typer.Option("--scheme", metavar="SCHEME", help="w8a16, w8a8 or w4a16.")]
+SchemeName = Annotated[str, typer.Option("--scheme", metavar="SCHEME", help="w8a16, w8a8, w4a16 or w4a8.")]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The new folder; must not exist yet.")]
 GroupSize = Annotated[int | None, typer.Option(metavar="N", help="Inputs per int4 scale: 32, 64 or 128; default 32.")]
 LmHead = Annotated[bool, typer.Option("--lm-head", help="Quantise the output layer too (see docs/quantisation.md).")]

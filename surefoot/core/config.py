@@ -8,7 +8,7 @@ from typing import Any
 from surefoot.core.errors import InputError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANT_SCHEMES = ("w8a16", "w8a8", "w4a16")
+QUANT_SCHEMES = ("w8a16", "w8a8", "w4a16", "w4a8")
 GRAPH_MODES = ("auto", "full", "off")
 
 

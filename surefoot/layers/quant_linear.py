@@ -68,7 +68,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.scheme.bits == 8:
             return ops.linear_w8(x, self.weight, self.weight_scale, self.bias, self.scheme.act)
-        return ops.linear_w4(x, self.weight_packed, self.weight_scale, self.group_size, self.bias)
+        return ops.linear_w4(x, self.weight_packed, self.weight_scale, self.group_size, self.bias, self.scheme.act)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}"

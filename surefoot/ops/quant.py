@@ -28,11 +28,16 @@ def linear_w8(
 
 
 def linear_w4(
-    x: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, group_size: int, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    group_size: int,
+    bias: torch.Tensor | None = None,
+    act: str = "float",
 ) -> torch.Tensor:
-    """x @ dequantise_int4(qweight, scale).T + bias (W4A16). x: [T, in]; qweight: [out, in / 8] int32;
-    scale: [out, in / group_size], any float dtype."""
-    return dispatch(LINEAR_W4, x.device.type, (x, qweight, scale, group_size, bias), {})
+    """x @ dequantise_int4(qweight, scale).T + bias. x: [T, in]; qweight: [out, in / 8] int32;
+    scale: [out, in / group_size], any float dtype. act: "float" (W4A16) or "int8" (W4A8), as in `linear_w8`."""
+    return dispatch(LINEAR_W4, x.device.type, (x, qweight, scale, group_size, bias, act), {})
 
 
 def quantise_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +45,8 @@ def quantise_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.float()
     top = x.abs().amax(-1, keepdim=True)
     top = torch.where(torch.isfinite(top), top, torch.nan)
-    q = torch.round(x * (127.0 / top))
+    # NOTE: 127.0 / top would be 127 times a rounded reciprocal, which decides ties of 16-bit numbers the other way.
+    q = torch.round(x * torch.full_like(top, 127.0).div_(top))
     return torch.where(top > 0, q, 0.0), top / 127.0
 
 
@@ -76,8 +82,12 @@ def _linear_w8(x, qweight, scale, bias=None, act="float"):
     return _finish((x.float() @ qweight.float().t()) * scale, bias, x.dtype)
 
 
-def _linear_w4(x, qweight, scale, group_size, bias=None):
-    return _finish(x.float() @ dequantise_int4(qweight, scale).t(), bias, x.dtype)
+def _linear_w4(x, qweight, scale, group_size, bias=None, act="float"):
+    weight = dequantise_int4(qweight, scale)
+    if act == "int8":
+        q, token_scale = quantise_tokens(x)
+        return _finish((q @ weight.t()) * token_scale, bias, x.dtype)
+    return _finish(x.float() @ weight.t(), bias, x.dtype)
 
 
 def _w8_cost(x, qweight, scale, bias=None, act="float"):
@@ -87,7 +97,7 @@ def _w8_cost(x, qweight, scale, bias=None, act="float"):
     )
 
 
-def _w4_cost(x, qweight, scale, group_size, bias=None):
+def _w4_cost(x, qweight, scale, group_size, bias=None, act="float"):
     rows = x.numel() // x.shape[-1]
     return Cost(
         16.0 * rows * qweight.numel(), nbytes(x, qweight, scale, bias) + rows * qweight.shape[0] * x.element_size()
@@ -124,7 +134,7 @@ def _w8_samples():
 
 
 def _w4_samples():
-    def sample(rows, inner, outer, group, bias=False, scale_dtype=torch.bfloat16):
+    def sample(rows, inner, outer, group, act, bias=False, scale_dtype=torch.bfloat16):
         def make(dtype, device, gen):
             q = torch.randint(-8, 8, (outer, inner), generator=gen)
             scale = (torch.rand(outer, inner // group, generator=gen) * inner**-0.5 / 4).to(scale_dtype)
@@ -134,18 +144,18 @@ def _w4_samples():
                 "scale": scale.to(device),
                 "group_size": group,
                 "bias": randn((outer,), dtype, device, gen) if bias else None,
+                "act": act,
             }
 
-        return Sample(f"{rows}x{inner}->{outer} g{group}{' bias' if bias else ''}", make)
+        return Sample(f"{rows}x{inner}->{outer} g{group} {act}{' bias' if bias else ''}", make)
 
-    return [
-        *[sample(*s, 32) for s in _SHAPES],
-        *[sample(*s, 128, scale_dtype=torch.float16) for s in _SHAPES],
-        sample(5, 96, 17, 32, scale_dtype=torch.float32),
-        sample(1, 32, 1, 32),
-        sample(4, 384, 40, 128, bias=True),
-        sample(2, 192, 6, 64),
-    ]
+    out = []
+    for act in ("float", "int8"):
+        out += [sample(*s, 32, act) for s in _SHAPES]
+        out += [sample(*s, 128, act, scale_dtype=torch.float16) for s in _SHAPES]
+        out += [sample(5, 96, 17, 32, act, scale_dtype=torch.float32), sample(1, 32, 1, 32, act)]
+        out += [sample(4, 384, 40, 128, act, bias=True), sample(2, 192, 6, 64, act)]
+    return out
 
 
 LINEAR_W8 = define(OpSpec("linear_w8", _linear_w8, cost=_w8_cost, samples=_w8_samples, tolerance=QUANTISED))

@@ -1,7 +1,7 @@
 """The `quantization_config` of the `compressed-tensors` format: what of it Surefoot reads, and what it writes.
 
 A folder says, group by group, which modules ("targets", less "ignore") hold which kind of weight. Read are symmetric
-int8 per output channel, with or without int8 activations per token, and symmetric int4 in groups or per channel; stored
+int8 per output channel and symmetric int4 in groups or per channel, with or without int8 activations per token; stored
 as they are ("int-quantized") or packed into int32 ("pack-quantized"). All else is refused by one line that names it.
 
     parse(config)           # None, or a QuantisedFolder
@@ -152,23 +152,29 @@ def _int8(where: str, weights: dict[str, Any], act: Any) -> Scheme:
         raise _refuse(f"{where}.weights.strategy", strategy, "'channel' for 8 bits")
     if not act:
         return SCHEMES["w8a16"]
-    _expect(f"{where}.input_activations", act, type=("int",), num_bits=(8,), symmetric=(True,), dynamic=(True,))
-    if act.get("strategy") != "token":
-        raise _refuse(f"{where}.input_activations.strategy", act.get("strategy"), "'token'")
+    _expect_token_int8(where, act)
     return SCHEMES["w8a8"]
 
 
+def _expect_token_int8(where: str, act: dict[str, Any]) -> None:
+    _expect(f"{where}.input_activations", act, type=("int",), num_bits=(8,), symmetric=(True,), dynamic=(True,))
+    if act.get("strategy") != "token":
+        raise _refuse(f"{where}.input_activations.strategy", act.get("strategy"), "'token'")
+
+
 def _int4(where: str, weights: dict[str, Any], act: Any) -> Scheme:
+    base = SCHEMES["w4a16"]
     if act:
-        raise _refuse(f"{where}.input_activations", "...", "null for 4-bit weights")
+        _expect_token_int8(where, act)
+        base = SCHEMES["w4a8"]
     strategy, size = _strategy(weights), weights.get("group_size")
     if strategy == "channel":
-        return replace(SCHEMES["w4a16"], group_size=None)
+        return replace(base, group_size=None)
     if strategy != "group":
         raise _refuse(f"{where}.weights.strategy", strategy, "'group' and 'channel' for 4 bits")
     if type(size) is not int or size < 8 or size % 8:
         raise _refuse(f"{where}.weights.group_size", size, "a positive multiple of 8")
-    return replace(SCHEMES["w4a16"], group_size=size)
+    return replace(base, group_size=size)
 
 
 def config_for(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
@@ -191,7 +197,7 @@ def config_for(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
 
 
 def format_of(scheme: Scheme) -> str:
-    return PLAIN if scheme.act == "int8" else PACKED
+    return PLAIN if scheme.bits == 8 and scheme.act == "int8" else PACKED
 
 
 def _arguments(bits: int, strategy: str, group_size: int | None, dynamic: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The schemes, and rounding to nearest: w8a16 and w8a8 (int8 per output channel), w4a16 (int4 per group of inputs).
+"""The schemes, and rounding to nearest: w8a16, w8a8 (int8 per output channel), w4a16, w4a8 (int4 per group of inputs).
 
 A weight is rounded matrix by matrix, with no data, so that a model can be quantised while it streams in.
 """
@@ -31,8 +31,13 @@ class Scheme:
         return f"{self.name}, groups of {self.group_size}" if self.group_size else self.name
 
 
-SCHEMES = {s.name: s for s in (Scheme("w8a16", 8, "float"), Scheme("w8a8", 8, "int8"), Scheme("w4a16", 4, "float", 32))}
-
+_ALL = (
+    Scheme("w8a16", 8, "float"),
+    Scheme("w8a8", 8, "int8"),
+    Scheme("w4a16", 4, "float", 32),
+    Scheme("w4a8", 4, "int8", 32),
+)
+SCHEMES = {s.name: s for s in _ALL}
 
 GROUP_SIZES = (32, 64, 128)
 

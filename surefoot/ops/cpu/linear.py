@@ -48,7 +48,7 @@ def linear_w8(x, qweight, scale, bias=None, act="float"):
     return _call(x, qweight, bias, _INT8, qweight.shape[0], scale, act_bits=8 if act == "int8" else 16)
 
 
-def _w4_ok(x, qweight, scale, group_size, bias=None):
+def _w4_ok(x, qweight, scale, group_size, bias=None, act="float"):
     return (
         (group_size == 32 or group_size % 128 == 0)
         and x.shape[-1] % group_size == 0
@@ -60,8 +60,8 @@ def _w4_ok(x, qweight, scale, group_size, bias=None):
 
 
 @register("linear_w4", "cpu", _NAME, supports=_w4_ok, priority=PRIORITY)
-def linear_w4(x, qweight, scale, group_size, bias=None):
-    return _call(x, qweight, bias, _INT4, qweight.shape[0], scale, group_size)
+def linear_w4(x, qweight, scale, group_size, bias=None, act="float"):
+    return _call(x, qweight, bias, _INT4, qweight.shape[0], scale, group_size, act_bits=8 if act == "int8" else 16)
 
 
 def _call(x, weight, bias, kind, outer, scale=None, group_size=0, act_bits=16):

@@ -50,16 +50,16 @@ def linear_w8_wide(x, qweight, scale, bias=None, act="int8"):
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def _w4_ok(x, qweight, scale, group_size, bias=None) -> bool:
+def _w4_ok(x, qweight, scale, group_size, bias=None, act="float") -> bool:
     inner = 8 * qweight.shape[1]
     # NOTE: the transpose of a single row or column counts as not transposed, and would be read as another shape.
     sides = max(inner, len(qweight)) <= MAX_SIDE and min(qweight.shape) > 1
     groups = group_size == inner or (group_size % 32 == 0 and 32 <= group_size < inner)
-    return x.dtype in HALF and x.dim() == 2 and sides and groups and x.numel() > 0
+    return act == "float" and x.dtype in HALF and x.dim() == 2 and sides and groups and x.numel() > 0
 
 
 @register("linear_w4", "npu", "npu_weight_quant_batchmatmul", supports=_w4_ok, priority=PRIORITY)
-def linear_w4(x, qweight, scale, group_size, bias=None):
+def linear_w4(x, qweight, scale, group_size, bias=None, act="float"):
     inner = 8 * qweight.shape[1]
     _check(x, inner, bias, len(qweight))
     need(

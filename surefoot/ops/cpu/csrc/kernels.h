@@ -18,7 +18,7 @@ struct Linear {
   const void* wscale; int scale_type;            // W_INT8: float [N]; W_INT4: [N, K / group]
   long M, N, K, group;
   int kind;
-  int act_bits;                                  // W_INT8: 8 or 16 bits for the activations
+  int act_bits;                                  // W_INT8, W_INT4: 8 or 16 bits for the activations
 };
 
 struct Attention {

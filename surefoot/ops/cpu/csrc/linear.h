@@ -1,13 +1,17 @@
 // Linear layers: activations are prepared once, then tiles are spread over the threads by output channel.
 #pragma once
+#include "linear_panels.h"
 #include "linear_tiles.h"
 
 namespace sf {
 namespace SF_ISA {
 
+constexpr long PANEL_TOKENS = 48;  // tokens from which int8 weights are worth packing into panels
 constexpr long SMALL = 64;  // tokens up to which weights are read from memory once and used for all
 // Weights per task: for few tokens a fair share of a thread's work; for many what stays in a core's L2.
 constexpr long TASK_BYTES = 128 * 1024, TASK_BYTES_MANY = 256 * 1024;
+// NOTE: rows 4096 bytes or a multiple apart all fall into the same sets of L1; so prepared rows are kept a line further.
+constexpr long PAD = 64;
 constexpr long ROW_BYTES = 4096;  // of one token's activations, used before going on along K
 // Bytes to prefetch ahead: for several tokens at least, for a single one, whose weights are one stream, exactly.
 constexpr long AHEAD = 8 * 1024, AHEAD_ALONE = 4 * 1024;
@@ -52,7 +56,8 @@ template <class Tile> struct Multiply {
   const Tiles& t;
   const long quads = ceil_div(t.N, 4), tiles = ceil_div(job.M, Tile::ROWS_MAX);
   const bool small = job.M <= SMALL;
-  const long range = tiles == 1 ? t.K : min_l(t.K, ROW_BYTES / long(sizeof(typename Tile::X)));
+  // Elements of K at a time: of one token all, of more what stays in L1 while many channels pass.
+  const long range = job.M == 1 ? t.K : min_l(t.K, ROW_BYTES / Tile::ELEMENT_BYTES);
 
   long first_row(long i) const { return job.M * i / tiles; }  // tiles of nearly equal height
   void run(long quad, long i, const Range& r) const {
@@ -60,23 +65,21 @@ template <class Tile> struct Multiply {
   }
 
   // How far behind the weights of this range those lie that are wanted next; 0 at the end.
-  long ahead(long quad, long k) const {
+  long ahead(long quad) const {
     if (job.M == 1 && Tile::ONE_STREAM) return AHEAD_ALONE;
-    const long quad_bytes = 4 * t.w_bytes, range_bytes = t.w_bytes * range / t.K;
-    if (k + range < t.K) return range_bytes;
-    const long later = t.K > range ? 1 : ceil_div(AHEAD, quad_bytes);
-    return quad + later < quads - 1 ? later * quad_bytes - t.w_bytes * k / t.K : 0;
+    const long later = ceil_div(AHEAD, 4 * t.w_bytes * range / t.K);
+    return quad + later < quads - 1 ? later * 4 * t.w_bytes : 0;
   }
 
   // Few tokens: weights come from memory; a range of four rows serves all tokens while it is in L1.
   void few(long first, long last) const {
-    char* saved = static_cast<char*>(scratch(TASK, size_t(tiles * SAVED)));
-    for (long quad = first; quad < last; ++quad)
-      for (long k = 0; k < t.K; k += range)
+    char* saved = static_cast<char*>(scratch(TASK, size_t((last - first) * tiles * SAVED)));
+    for (long k = 0; k < t.K; k += range)
+      for (long quad = first; quad < last; ++quad)
         for (long i = 0; i < tiles; ++i) {
           unsigned fetch = 0;
           for (long j = 0; j < 4; ++j) fetch |= unsigned(j % tiles == i) << j;
-          run(quad, i, {k, min_l(t.K, k + range), saved + i * SAVED, fetch, ahead(quad, k)});
+          run(quad, i, {k, min_l(t.K, k + range), saved + ((quad - first) * tiles + i) * SAVED, fetch, ahead(quad)});
         }
   }
 
@@ -105,15 +108,16 @@ template <class Tile> static void multiply(const Linear& job, const Tiles& t) { 
 // x as rows of X (its own type, or widened to float), padded with zeros to a multiple of STEP; in place where possible.
 template <class X, class T> static void prepare_float(const Linear& job, long step, Tiles* t) {
   const T* x = static_cast<const T*>(job.x);
-  if (sizeof(X) == sizeof(T) && job.K % step == 0) {
+  const bool clash = job.M > 1 && job.ldx * long(sizeof(T)) % 4096 == 0;
+  if (sizeof(X) == sizeof(T) && job.K % step == 0 && !clash) {
     t->x = x;
     t->ldx = job.ldx;
     return;
   }
-  const long padded = round_up(job.K, step);
-  X* rows = static_cast<X*>(scratch(ACTIVATIONS, size_t(job.M * padded) * sizeof(X)));
+  const long padded = round_up(job.K, step), ldx = padded + PAD / long(sizeof(X));
+  X* rows = static_cast<X*>(scratch(ACTIVATIONS, size_t(job.M * ldx) * sizeof(X)));
   parallel(job.M, double(job.M * job.K), [&](long m) {
-    X* row = rows + m * padded;
+    X* row = rows + m * ldx;
     if constexpr (sizeof(X) == sizeof(T)) {
       memcpy(row, x + m * job.ldx, size_t(job.K) * sizeof(X));
       memset(row + job.K, 0, size_t(padded - job.K) * sizeof(X));
@@ -122,7 +126,7 @@ template <class X, class T> static void prepare_float(const Linear& job, long st
     }
   });
   t->x = rows;
-  t->ldx = padded;
+  t->ldx = ldx;
 }
 
 template <class Row> static void prepare_rows(const Linear& job, const Row& row) {
@@ -134,15 +138,19 @@ template <class Row> static void prepare_rows(const Linear& job, const Row& row)
 
 static void linear_int8(const Linear& job, Tiles t) {
   const bool wide = job.act_bits == 16;
-  t.ldx = round_up(job.K, wide ? BLOCK : 64);
+#ifdef SF_DOT_INT8
+  if (!wide && job.M >= PANEL_TOKENS) return linear_panels(job);
+#endif
+  const long padded = round_up(job.K, wide ? BLOCK : 64);
+  t.ldx = padded + PAD / long(wide ? 2 : sizeof(A8));
   t.blocks = wide ? ceil_div(job.K, BLOCK) : 1;
   t.sums_per_row = 1;
   void* rows = scratch(ACTIVATIONS, size_t(job.M * t.ldx) * (wide ? 2 : sizeof(A8)));
   float* scales = static_cast<float*>(scratch(SCALES, size_t(job.M * t.blocks) * 4));
   int32_t* sums = static_cast<int32_t*>(scratch(SUMS, size_t(job.M) * 4));
   prepare_rows(job, [&](auto* x, long m) {
-    if (wide) quantise_a16(x, job.K, t.ldx, static_cast<int16_t*>(rows) + m * t.ldx, scales + m * t.blocks);
-    else quantise_a8(x, job.K, t.ldx, static_cast<A8*>(rows) + m * t.ldx, scales + m, sums + m);
+    if (wide) quantise_a16(x, job.K, padded, static_cast<int16_t*>(rows) + m * t.ldx, scales + m * t.blocks);
+    else quantise_a8(x, job.K, padded, static_cast<A8*>(rows) + m * t.ldx, scales + m, sums + m);
   });
   t.x = rows;
   t.scales = scales;
@@ -151,22 +159,29 @@ static void linear_int8(const Linear& job, Tiles t) {
   else multiply<Int8Tile>(job, t);
 }
 
-static void linear_int4(const Linear& job, Tiles t) {
-  t.ldx = round_up(job.K, BLOCK);
-  t.blocks = ceil_div(job.K, BLOCK);
+template <class Kind> static void linear_int4(const Linear& job, Tiles t) {
+  typedef typename Kind::X X;
+  constexpr bool BY_16 = sizeof(X) == 2;
+  const bool narrow = job.act_bits == 8;
+  t.ldx = round_up(job.K, BLOCK) + PAD / long(sizeof(X));
+  t.blocks = Kind::SCALED_PER_BLOCK ? ceil_div(job.K, BLOCK) : 1;
   t.groups = job.K / job.group;
-  t.sums_per_row = t.ldx / W4_STEP * LANES;
-  int16_t* rows = static_cast<int16_t*>(scratch(ACTIVATIONS, size_t(job.M * t.ldx) * 2));
+  t.sums_per_row = round_up(job.K, BLOCK) / W4_STEP * LANES;
+  X* rows = static_cast<X*>(scratch(ACTIVATIONS, size_t(job.M * t.ldx) * sizeof(X)));
   float* scales = static_cast<float*>(scratch(SCALES, size_t(job.M * t.blocks) * 4));
   int32_t* sums = static_cast<int32_t*>(scratch(SUMS, size_t(job.M * t.sums_per_row) * 4));
   prepare_rows(job, [&](auto* x, long m) {
-    quantise_a16(x, job.K, t.ldx, rows + m * t.ldx, scales + m * t.blocks);
-    reorder_w4(rows + m * t.ldx, t.ldx, sums + m * t.sums_per_row);
+    X* row = rows + m * t.ldx;
+    const long padded = round_up(job.K, BLOCK);
+    if constexpr (!BY_16) *(scales + m) = quantise_padded(x, job.K, padded, row);
+    else if (narrow) quantise_a8_wide(x, job.K, padded, row, scales + m * t.blocks);
+    else quantise_a16(x, job.K, padded, row, scales + m * t.blocks);
+    reorder_w4<BY_16 ? 4 : 2>(row, padded, sums + m * t.sums_per_row);
   });
   t.x = rows;
   t.scales = scales;
   t.sums = sums;
-  with_type(job.scale_type, [&](auto zero) { multiply<Int4Tile<decltype(zero)>>(job, t); });
+  with_type(job.scale_type, [&](auto zero) { multiply<Int4Tile<decltype(zero), Kind>>(job, t); });
 }
 
 static void linear(const Linear& job) {
@@ -182,7 +197,10 @@ static void linear(const Linear& job) {
   }
   if (job.kind == W_INT4) {
     t.w_bytes = job.K / 2;
-    return linear_int4(job, t);
+#ifdef SF_DOT_INT8
+    if (job.act_bits == 8) return linear_int4<Int4By8>(job, t);
+#endif
+    return linear_int4<Int4By16>(job, t);
   }
   t.w_bytes = job.K * (job.xtype == F32 ? 4 : 2);
 #ifdef SF_DOT_BF16

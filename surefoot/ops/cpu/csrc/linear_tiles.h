@@ -82,8 +82,9 @@ template <int R, class V> static SF_INLINE bool suspend(const V acc[R][4], const
   return true;
 }
 
-// Channels that R tokens take at once. One stream is best for memory if its one chain of sums keeps up.
-template <class Tile, int R> constexpr int COLUMNS = R == 1 && Tile::ONE_STREAM ? 1 : 4;
+// Channels that R tokens take at once. One stream is best for memory if its one chain of sums keeps up; tall tiles have
+// registers for two.
+template <class Tile, int R> constexpr int COLUMNS = R == 1 && Tile::ONE_STREAM ? 1 : R > ROWS_OF_4 ? 2 : 4;
 
 // acc[.][c ...] += products of C channels: accumulators are taken out, so that they stay in registers.
 template <int R, int C, class V, class Body> static SF_INLINE void columns(V acc[R][4], const Body& body) {
@@ -129,6 +130,7 @@ struct Bf16Tile {  // bf16 weights and activations as they are
 
 template <class Kind, class W> struct DenseTile {
   static constexpr int ROWS_MAX = ROWS;
+  static constexpr long ELEMENT_BYTES = sizeof(typename Kind::X);
   static constexpr bool ONE_STREAM = Kind::STEP * sizeof(W) >= 32;  // bytes per step of the chain
   typedef typename Kind::X X;
 
@@ -160,6 +162,7 @@ static SF_INLINE Float4 channel_scales(const Tiles& t, long n) {
 struct Int8Tile {  // int8 weights, int8 activations: exact integers, scaled once at the end
   typedef A8 X;
   static constexpr int ROWS_MAX = ROWS;
+  static constexpr long ELEMENT_BYTES = sizeof(X);
   static constexpr bool ONE_STREAM = true;
 
   template <int R, int C> static SF_INLINE void step(I acc[R][C], const int8_t* const w[C], const A8* x, long ldx) {
@@ -195,6 +198,7 @@ struct Int8Tile {  // int8 weights, int8 activations: exact integers, scaled onc
 struct Int8WideTile {  // int8 weights, int16 activations: exact integers within a block, then fp32
   typedef int16_t X;
   static constexpr int ROWS_MAX = ROWS;
+  static constexpr long ELEMENT_BYTES = sizeof(X);
   static constexpr bool ONE_STREAM = true;
 
   template <int R, int C> static SF_INLINE void step(I acc[R][C], const int8_t* const w[C], const int16_t* x, long ldx) {
@@ -234,15 +238,12 @@ struct Int8WideTile {  // int8 weights, int16 activations: exact integers within
   }
 };
 
-template <class S> struct Int4Tile {  // int4 weights in groups of 32 or a multiple of 128, int16 activations
+// One step of int4 weights with int16 activations, each scaled per BLOCK: products of 16 bits.
+struct Int4By16 {
   typedef int16_t X;
-  static constexpr int ROWS_MAX = W4_ROWS;
+  static constexpr int ROWS_MAX = W4_ROWS, COLUMNS = W4_COLUMNS;
   static constexpr bool ONE_STREAM = false;  // channels one by one are slower here: their sums wait for each other
-
-  static inline F group_scales(const S* scale, long group, long step) {
-    if (group == 32) return w4_scales_32(scale + step * (W4_STEP / 32));
-    return f_set(to_float(scale[step * W4_STEP / group]));
-  }
+  static constexpr bool SCALED_PER_BLOCK = true;
 
   template <int R, int C>
   static SF_INLINE void step(F acc[R][C], const uint8_t* const w[C], const F scale[C], const Tiles& t, long m0, long s) {
@@ -261,6 +262,41 @@ template <class S> struct Int4Tile {  // int4 weights in groups of 32 or a multi
       }
     }
   }
+};
+
+#ifdef SF_DOT_INT8
+// The same with int8 activations, scaled per token at the end.
+struct Int4By8 {
+  typedef A8 X;
+  static constexpr int ROWS_MAX = W4A8_ROWS, COLUMNS = W4A8_COLUMNS;
+  static constexpr bool ONE_STREAM = LANES == 16;
+  static constexpr bool SCALED_PER_BLOCK = false;
+
+  template <int R, int C>
+  static SF_INLINE void step(F acc[R][C], const uint8_t* const w[C], const F scale[C], const Tiles& t, long m0, long s) {
+    W8 b[C][2];
+    SF_UNROLL for (int j = 0; j < C; ++j) w4_bytes(w[j], b[j]);
+    SF_UNROLL for (int m = 0; m < R; ++m) {
+      const A8* x = static_cast<const A8*>(t.x) + (m0 + m) * t.ldx + s * W4_STEP;
+      const auto a0 = a8_load(x), a1 = a8_load(x + W4_STEP / 2);
+      const I start = i_load(t.sums + (m0 + m) * t.sums_per_row + s * LANES);
+      SF_UNROLL for (int j = 0; j < C; ++j)
+        acc[m][j] = f_fma(i_to_f(dot_a8(dot_a8(start, b[j][0], a0), b[j][1], a1)), scale[j], acc[m][j]);
+    }
+  }
+};
+#endif
+
+template <class S, class Kind> struct Int4Tile {  // int4 weights in groups of 32 or a multiple of 128
+  typedef typename Kind::X X;
+  static constexpr int ROWS_MAX = Kind::ROWS_MAX;
+  static constexpr long ELEMENT_BYTES = 2;  // with the sums, half a byte per element, 1.5 or 2.5
+  static constexpr bool ONE_STREAM = Kind::ONE_STREAM;
+
+  static inline F group_scales(const S* scale, long group, long step) {
+    if (group == 32) return w4_scales_32(scale + step * (W4_STEP / 32));
+    return f_set(to_float(scale[step * W4_STEP / group]));
+  }
 
   template <int R> static bool run(const Tiles& t, long n, long m0, const Range& range, Float4 out[]) {
     const long steps = t.K / W4_STEP, rest = t.K % W4_STEP;
@@ -277,7 +313,7 @@ template <class S> struct Int4Tile {  // int4 weights in groups of 32 or a multi
     }
     F total[R][4];
     resume<R>(total, range, f_zero);
-    constexpr int C = W4_COLUMNS;
+    constexpr int C = R == 1 && ONE_STREAM ? 1 : Kind::COLUMNS;
     columns<R, C>(total, [&](F part[R][C], int c) SF_INLINE_LAMBDA {
       const uint8_t* w[C];
       F scale[C];
@@ -287,18 +323,21 @@ template <class S> struct Int4Tile {  // int4 weights in groups of 32 or a multi
           prefetch(w[j] + range.distance(c + j));
           scale[j] = group_scales(scales[c + j], t.group, s);
         }
-        step<R, C>(part, w, scale, t, m0, s);
+        Kind::template step<R, C>(part, w, scale, t, m0, s);
       }
       if (rest && range.k1 >= t.K) {
         SF_UNROLL for (int j = 0; j < C; ++j) {
           w[j] = last[c + j];
           scale[j] = group_scales(last_scales[c + j], t.group, 0);
         }
-        step<R, C>(part, w, scale, t, m0, steps);
+        Kind::template step<R, C>(part, w, scale, t, m0, steps);
       }
     });
     if (suspend<R>(total, range, t.K)) return false;
-    SF_UNROLL for (int m = 0; m < R; ++m) out[m] = f_hsum4(total[m][0], total[m][1], total[m][2], total[m][3]);
+    SF_UNROLL for (int m = 0; m < R; ++m) {
+      out[m] = f_hsum4(total[m][0], total[m][1], total[m][2], total[m][3]);
+      if (!Kind::SCALED_PER_BLOCK) out[m] *= t.scales[m0 + m];
+    }
     return true;
   }
 };

@@ -43,10 +43,15 @@ template <class Q> static inline int32_t sum_of(const Q* q, long n) {
   return s;
 }
 
+// One row of int8 activations without the sum that an offset of the weights needs.
+template <class T> static inline float quantise_padded(const T* x, long K, long padded, A8* row) {
+  for (long i = round_up(K, LANES); i < padded; ++i) row[i] = 0;
+  return quantise(x, K, 127.0f, row);
+}
+
 // One row of int8 activations; row: padded elements, scale: 1, sum: A8_OFFSET * sum of the row.
 template <class T> static inline void quantise_a8(const T* x, long K, long padded, A8* row, float* scale, int32_t* sum) {
-  for (long i = round_up(K, LANES); i < padded; ++i) row[i] = 0;
-  *scale = quantise(x, K, 127.0f, row);
+  *scale = quantise_padded(x, K, padded, row);
   *sum = A8_OFFSET * sum_of(row, K);
 }
 
@@ -56,15 +61,22 @@ template <class T> static inline void quantise_a16(const T* x, long K, long padd
   for (long b = 0; b * BLOCK < K; ++b) scales[b] = quantise(x + b * BLOCK, min_l(BLOCK, K - b * BLOCK), 32767.0f, row + b * BLOCK);
 }
 
-// The order of int4 weights: within a step, elements 4i + j go to vector j. sums: -8 x the sum of what each lane sees,
-// because the weights are stored + 8.
-static inline void reorder_w4(int16_t* row, long padded, int32_t* sums) {
-  constexpr int each = W4_STEP / 4;
+// One row as quantise_a8 gives it, widened to 16 bits where int4 weights are multiplied in 16 bits only; one scale for all.
+template <class T> static inline void quantise_a8_wide(const T* x, long K, long padded, int16_t* row, float* scales) {
+  for (long i = round_up(K, LANES); i < padded; ++i) row[i] = 0;
+  scales[0] = quantise(x, K, 127.0f, row);
+  for (long b = 1; b * BLOCK < K; ++b) scales[b] = scales[0];
+}
+
+// The order of int4 weights: within a step, elements PARTS * i + j go to vector j. sums: -8 x the sum of what each lane
+// sees, because the weights are stored + 8.
+template <int PARTS, class Q> static inline void reorder_w4(Q* row, long padded, int32_t* sums) {
+  constexpr int each = W4_STEP / PARTS;
   for (long s = 0; s < padded; s += W4_STEP, row += W4_STEP, sums += LANES) {
-    int16_t natural[W4_STEP];
+    Q natural[W4_STEP];
     memcpy(natural, row, sizeof natural);
-    for (int j = 0; j < 4; ++j)
-      for (int i = 0; i < each; ++i) row[j * each + i] = natural[4 * i + j];
+    for (int j = 0; j < PARTS; ++j)
+      for (int i = 0; i < each; ++i) row[j * each + i] = natural[PARTS * i + j];
     for (int l = 0; l < LANES; ++l) sums[l] = -8 * sum_of(natural + 8 * l, 8);
   }
 }

@@ -122,6 +122,16 @@ static inline I dot_a8(I acc, W8 w, I a) {  // NOTE: not an intrinsic, see SF_DO
   __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(a));
   return acc;
 }
+// Panels: 128 is added when they are packed.
+#define SF_DOT_INT8 1
+constexpr int PANEL_ROWS = 4, PANEL_VECTORS = 3;
+static inline W8 w8_packed(const char* p) { return _mm256_loadu_si256((const __m256i*)p); }
+static inline I a8_repeat(const A8* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return _mm256_set1_epi32(four);
+}
+static inline I i_set(int32_t x) { return _mm256_set1_epi32(x); }
 #else
 // int8 activations widened to int16: the same integers, hence the same sums.
 typedef int16_t A8;
@@ -143,12 +153,21 @@ static inline void w4_load(const uint8_t* p, W16 w[4]) {
   w[2] = _mm256_and_si256(_mm256_srli_epi16(x, 8), mask);
   w[3] = _mm256_srli_epi16(x, 12);
 }
+#ifdef SF_DOT_INT8
+// The same as bytes, for int8 activations: low nibbles (elements 2i), high nibbles.
+constexpr int W4A8_COLUMNS = 1, W4A8_ROWS = 4;
+static inline void w4_bytes(const uint8_t* p, W8 w[2]) {
+  const __m256i x = _mm256_loadu_si256((const __m256i*)p), mask = _mm256_set1_epi8(15);
+  w[0] = _mm256_and_si256(x, mask);
+  w[1] = _mm256_and_si256(_mm256_srli_epi16(x, 4), mask);
+}
+#endif
 // Lane l of a step holds elements 8l ... 8l + 7: the two scales of groups of 32, each over four lanes.
 template <class S> static inline F w4_scales_32(const S* p) {
   return _mm256_set_m128(_mm_set1_ps(to_float(p[1])), _mm_set1_ps(to_float(p[0])));
 }
 
-constexpr int ROWS = 3;  // rows of a tile of the linear kernels: 3 x 4 accumulators of 16 registers
+constexpr int ROWS = 3, ROWS_OF_4 = 3;  // rows of a tile of the linear kernels: 3 x 4 accumulators of 16 registers
 
 }  // namespace SF_ISA
 }  // namespace sf

@@ -106,6 +106,16 @@ typedef __m512i W8;
 static inline W8 w8_load(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
 static inline I a8_load(const A8* p) { return _mm512_loadu_si512(p); }
 static inline I dot_a8(I acc, W8 w, I a) { SF_DOT("vpdpbusd", acc, w, a); return acc; }
+// Panels: 128 is added when they are packed.
+#define SF_DOT_INT8 1
+constexpr int PANEL_ROWS = 12, PANEL_VECTORS = 2;
+static inline W8 w8_packed(const char* p) { return _mm512_loadu_si512(p); }
+static inline I a8_repeat(const A8* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return _mm512_set1_epi32(four);
+}
+static inline I i_set(int32_t x) { return _mm512_set1_epi32(x); }
 
 // int8 weights times int16 activations, 32 products a step.
 constexpr int A16_STEP = 32;
@@ -123,6 +133,13 @@ static inline void w4_load(const uint8_t* p, W16 w[4]) {
   w[1] = _mm512_and_si512(_mm512_srli_epi16(x, 4), mask);
   w[2] = _mm512_and_si512(_mm512_srli_epi16(x, 8), mask);
   w[3] = _mm512_srli_epi16(x, 12);
+}
+// The same as bytes, for int8 activations: low nibbles (elements 2i), high nibbles.
+constexpr int W4A8_COLUMNS = 2, W4A8_ROWS = 8;
+static inline void w4_bytes(const uint8_t* p, W8 w[2]) {
+  const __m512i x = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
+  w[0] = _mm512_and_si512(x, mask);
+  w[1] = _mm512_and_si512(_mm512_srli_epi16(x, 4), mask);
 }
 static inline __m128 load4(const float* p) { return _mm_loadu_ps(p); }
 static inline __m128 load4(const bf16* p) {
@@ -143,7 +160,8 @@ static inline I bf16_load(const bf16* p) { return _mm512_loadu_si512(p); }
 static inline F dot_bf16(F acc, I w, I a) { SF_DOT("vdpbf16ps", acc, w, a); return acc; }
 #endif
 
-constexpr int ROWS = 6;  // rows of a tile of the linear kernels: 6 x 4 accumulators of 32 registers
+// Rows of a tile of the linear kernels: 8 x 2 or 6 x 4 accumulators of 32 registers.
+constexpr int ROWS = 8, ROWS_OF_4 = 6;
 
 }  // namespace SF_ISA
 }  // namespace sf

@@ -78,6 +78,15 @@ typedef int8x16_t W8;
 static inline W8 w8_load(const int8_t* p) { return vld1q_s8(p); }
 static inline int8x16_t a8_load(const A8* p) { return vld1q_s8(p); }
 static inline I dot_a8(I acc, W8 w, int8x16_t a) { return vdotq_s32(acc, w, a); }
+#define SF_DOT_INT8 1
+constexpr int PANEL_ROWS = 8, PANEL_VECTORS = 3;
+static inline W8 w8_packed(const char* p) { return vld1q_s8(reinterpret_cast<const int8_t*>(p)); }
+static inline int8x16_t a8_repeat(const A8* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return vreinterpretq_s8_s32(vdupq_n_s32(four));
+}
+static inline I i_set(int32_t x) { return vdupq_n_s32(x); }
 #else
 // int8 activations widened to int16: the same integers, hence the same sums.
 typedef int16_t A8;
@@ -99,10 +108,19 @@ static inline void w4_load(const uint8_t* p, W16 w[4]) {
   w[2] = vreinterpretq_s16_u16(vandq_u16(vshrq_n_u16(x, 8), mask));
   w[3] = vreinterpretq_s16_u16(vshrq_n_u16(x, 12));
 }
+#ifdef SF_DOT_INT8
+// The same as bytes, for int8 activations: low nibbles (elements 2i), high nibbles.
+constexpr int W4A8_COLUMNS = 2, W4A8_ROWS = 4;
+static inline void w4_bytes(const uint8_t* p, W8 w[2]) {
+  const uint8x16_t x = vld1q_u8(p);
+  w[0] = vreinterpretq_s8_u8(vandq_u8(x, vdupq_n_u8(15)));
+  w[1] = vreinterpretq_s8_u8(vshrq_n_u8(x, 4));
+}
+#endif
 // A step is one group of 32. (Which of its elements a lane sums up does not matter: all lanes have its scale.)
 template <class S> static inline F w4_scales_32(const S* p) { return f_set(to_float(p[0])); }
 
-constexpr int ROWS = 4;  // rows of a tile of the linear kernels: 4 x 4 accumulators of 32 registers
+constexpr int ROWS = 4, ROWS_OF_4 = 4;  // rows of a tile of the linear kernels: 4 x 4 accumulators of 32 registers
 
 }  // namespace SF_ISA
 }  // namespace sf

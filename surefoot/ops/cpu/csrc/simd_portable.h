@@ -114,7 +114,7 @@ template <class S> static inline F w4_scales_32(const S* p) {
   return f_map([&](int i) { return to_float(p[i / 4]); });
 }
 
-constexpr int ROWS = 2;
+constexpr int ROWS = 2, ROWS_OF_4 = 2;
 
 }  // namespace SF_ISA
 }  // namespace sf

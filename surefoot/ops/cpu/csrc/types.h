@@ -6,7 +6,7 @@
 #include <string.h>
 
 // NOTE: GCC keeps an array in registers only if the loops over it are unrolled early; it decides so with this alone.
-#define SF_UNROLL _Pragma("GCC unroll 8")
+#define SF_UNROLL _Pragma("GCC unroll 16")
 #define SF_INLINE inline __attribute__((always_inline))
 #define SF_INLINE_LAMBDA __attribute__((always_inline))
 
@@ -21,6 +21,11 @@ enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };
 // Four values at a time, for what is left of a tile after its sums; compilers have this on every processor.
 typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Int4 __attribute__((vector_size(16)));
+#ifdef __clang__
+#define SF_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SF_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Int4){__VA_ARGS__})
+#endif
 
 static inline float bits_to_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 static inline uint32_t float_to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
