@@ -1,5 +1,6 @@
-# make demo    a virtual environment, the package, and two small models answering: start here
+# make demo    a virtual environment, the package, and a tiny model brought up with a report: start here
 # make test    the same environment plus developer tools: lint, types, all tests
+# make test-npu  download two torch-npu wheels as data (80 MB, into build/) and test on an emulated Ascend NPU
 # make lint    ruff and mypy only          make tree    refresh the file trees in the READMEs
 # make drill   plant every fault, run everything sound, and write what the proof said of it to docs/drill.md
 # make clean   remove the environment and everything built
@@ -11,6 +12,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+NPU_RELEASES ?= 2.13.0 2.9.0.post2
 PYTEST_ARGS ?= -n auto --dist loadfile
 
 BIN := $(VENV)/bin
@@ -18,7 +20,7 @@ INSTALLED := $(VENV)/.surefoot-installed
 DEVELOPER := $(VENV)/.surefoot-dev
 BUILD_FILES := pyproject.toml setup.py $(wildcard surefoot/ops/cpu/csrc/*)
 
-.PHONY: help demo test bench-peers lint tree clean install dev drill
+.PHONY: help demo test test-npu npu-wheels bench-peers lint tree clean install dev drill
 
 help:
 	@sed -n '1,/^PYTHON/{/^#/p}' Makefile | sed 's/^# \{0,1\}//'
@@ -28,6 +30,20 @@ demo: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-npu: npu-wheels
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_npu_ops.py tests/test_npu_engine.py tests/test_npu_trace.py
+
+# The wheels are read, never imported or installed, so those of one Python and machine serve for all.
+NPU_WHEELS := build/torch-npu
+npu-wheels: $(DEVELOPER)
+	@mkdir -p $(NPU_WHEELS)
+	@for release in $(NPU_RELEASES); do \
+	  ls $(NPU_WHEELS)/torch_npu-$$release-*.whl >/dev/null 2>&1 && continue; \
+	  $(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.11 \
+	    --platform manylinux_2_28_x86_64 -d $(NPU_WHEELS) torch-npu==$$release \
+	  || { echo "cannot download torch-npu $$release: put its wheel into $(NPU_WHEELS) and repeat"; exit 1; }; \
+	done
 
 lint: $(DEVELOPER)
 	$(BIN)/ruff check

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What `make demo` runs: prove that this machine computes right, then let both built-in models answer.
+# What `make demo` runs: bring a tiny built-in model up on this machine, then let both built-in models answer.
 set -euo pipefail
 bin=${1:-.venv/bin}
 
-echo "1. Does this machine compute right? Known answers and stored logits of two tiny trained models."
+echo "1. One command: does it run, is it right, how fast, against what limit? About two minutes."
 echo
-echo "$ surefoot selftest"
-"$bin/surefoot" selftest
+echo "$ surefoot bringup canary-llama --quick"
+"$bin/surefoot" bringup canary-llama --quick
 
 # One thread: for models this small, waking a second one costs more than it brings.
 ask() {
@@ -16,20 +16,22 @@ ask() {
 }
 
 echo
-echo "2. The same two models answer. canary-llama is built like Llama 3.2, canary-qwen3.5 like Qwen3.5."
-for model in canary-llama canary-qwen3.5; do
-  ask "$model" "What is the capital of France?"
-  ask "$model" "中国的首都是哪里?"
-done
+echo "2. Two such models answer: canary-llama is built like Llama 3.2, canary-qwen3.5 like Qwen3.5."
+ask canary-llama "What is the capital of France?"
+ask canary-qwen3.5 "中国的首都是哪里?"
 
+report=$(ls -td runs/canary-llama-*/ | head -n 1)
 cat <<EOF
 
-Done: this machine computes both models right. They know only a short list of questions; next, take a real model:
+Done. The report, with plots and the record behind every number (open it in a browser):
 
-  $bin/surefoot run canary-qwen3.5                               a chat in this terminal
+  ${report}report.html
+
+Next, take a real model:
+
+  $bin/surefoot bringup /path/to/model --device npu:0            the same for your model on your device
   $bin/surefoot run hf:Qwen/Qwen3.5-0.8B "Write a haiku."        download from Hugging Face and run
   $bin/surefoot run modelscope:Qwen/Qwen3.5-0.8B "写一首诗。"     the same from ModelScope
-  $bin/surefoot run /path/to/model "Hello" --device cuda         a local folder, on a GPU
   $bin/surefoot serve canary-llama                               an OpenAI-compatible server
   make test                                                                the proof: every test of the project
 EOF

@@ -80,7 +80,9 @@ def perform(work: Work, what: str, say: Any, stages: dict[str, Stage] | None) ->
         return serve(work, say)
     from surefoot.bringup.stages.order import BY_NAME
 
-    record = (stages or BY_NAME)[what].run(work)
+    stage = (stages or BY_NAME)[what]
+    sys.argv = stage.command(work.settings)  # records keep the command that repeats them
+    record = stage.run(work)
     if record is not None:
         work.folder.write(what, record)
     say({"done": True})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from surefoot.report.units import UNKNOWN
+
 FOLDER = Path(__file__).with_name("templates")
 
 
@@ -19,5 +21,7 @@ class Texts:
         return self.words[key]
 
     def of(self, family: str, word: object) -> str:
-        """The translation of a recorded word like a status, or the word itself."""
+        """The translation of a recorded word like a status, or the word itself; a dash for what is not known."""
+        if word is None:
+            return UNKNOWN
         return self.words.get(f"{family}_{str(word).replace(' ', '_')}", str(word))

@@ -147,7 +147,6 @@ class _Comparison:
     def ops(self, settings: Any) -> list[Record]:
         """One prefill and one decode step timed op by op, the median of three, beside the prediction by op class."""
         from surefoot.analyze import probes
-        from surefoot.analyze.calibrate import OpTimes
         from surefoot.analyze.estimate import predicted_calls
         from surefoot.analyze.roofline import decode_step, prefill_steps, step_cost
         from surefoot.device import get_device
@@ -158,12 +157,7 @@ class _Comparison:
         device, rows = get_device(engine.info.device), []
         for phase, step in (("prefill", prefill_steps(prompt, prompt)[0]), ("decode", decode_step(batch, prompt))):
             probes.run(engine, phase, step)
-            runs = []
-            for _ in range(3):
-                times = OpTimes(device)
-                with times.watch():
-                    probes.run(engine, phase, step)
-                runs.append(_last_step(times, phase, engine))
+            runs = [probes.op_seconds(engine, device, phase, step).by_class() for _ in range(3)]
             cost = step_cost(self.paper.model, step, self.dtype, engine.info.block_size)
             predicted = predicted_calls(cost, self.rates)
             for name in predicted:
@@ -180,15 +174,6 @@ class _Comparison:
                     }
                 )
         return rows
-
-
-def _last_step(times: Any, phase: str, engine: Any) -> dict[str, float]:
-    """Seconds by op class of the last forward pass that was watched: a decode is preceded by its prompts' prefill."""
-    starts = [i for i, (call, _) in enumerate(times.calls) if call.op == "embedding"]
-    found: dict[str, float] = {}
-    for call, seconds in times.calls[starts[-1] if starts else 0 :]:
-        found[call.op_class] = found.get(call.op_class, 0.0) + seconds
-    return found
 
 
 def _summary(points: list[Record], phase: str) -> Record:
