@@ -98,9 +98,9 @@ def test_known_answers(check, right, wrong):
 FIBONACCI = {
     "the n-th": "def fib(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a",
     "recursive from 1": "def f(n: int) -> int:\n    return n if n < 2 else f(n - 1) + f(n - 2)",
-    "the first n": "def fib(n):\n    s = [0, 1]\n    for _ in range(n):\n        s += [s[-1] + s[-2]]\n    return s[:n]",
+    "first n": "def fib(n):\n    s = [0, 1]\n    for _ in range(n):\n        s += [s[-1] + s[-2]]\n    return s[:n]",
     "generator": "def fib(n):\n    a, b = 0, 1\n    for _ in range(n):\n        yield a\n        a, b = b, a + b",
-    "asks for input": "def fib(n, m={}):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\nprint(fib(10))",
+    "prints too": "def fib(n, m={}):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\nprint(fib(10))",
 }
 
 

@@ -36,9 +36,10 @@ CONFIG_BYTES = 4 * 1024 * 1024  # of the log, within which vLLM has told its set
 PHASES = (
     ("Initializing a V1 LLM engine", "starting the engine"),
     ("Starting to load model", "loading weights"),
-    ("Loading weights took", "weights are loaded"),
-    ("torch.compile", "compiling"),
-    ("GPU KV cache size", "KV cache is allocated"),
+    ("Loading weights took", "allocating the KV cache"),
+    ("Warming up model for the compilation", "compiling"),
+    ("Dynamo bytecode transform", "compiling"),
+    ("KV cache size", "warming up"),
     ("Capturing", "capturing graphs"),
     ("Graph capturing finished", "graphs are captured"),
     ("Starting vLLM", "opening the port"),

@@ -175,8 +175,10 @@ def new_data(mode: str, config: Mapping[str, Any], facts: Mapping[str, Any], pro
 def command_line() -> str:
     """How this was started, without the key."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    hidden = [re.sub(r"^(--api-key=).*", r"\1***", word) for word in words]
-    return shlex.join("***" if before == "--api-key" else word for before, word in zip(["", *words], hidden))
+    hidden = [re.sub(r"^(--(?:judge-)?api-key=).*", r"\1***", word) for word in words]
+    return shlex.join(
+        "***" if before in ("--api-key", "--judge-api-key") else word for before, word in zip(["", *words], hidden)
+    )
 
 
 def host() -> dict[str, Any]:

@@ -17,8 +17,14 @@ def serve_vllm(model: str, config: EngineConfig, vllm: VllmSettings, settings: S
     from surefoot.cli.progress import Progress
     from surefoot.serve.vllm import run_vllm
 
-    with _log_shown(), Progress() as progress:
-        run_vllm(model, config, vllm, settings, progress)
+    with _log_shown(), contextlib.ExitStack() as bar:
+        progress = bar.enter_context(Progress())
+
+        def say(line: str) -> None:
+            bar.close()  # there is nothing to wait for any more
+            print(line, file=sys.stderr, flush=True)
+
+        run_vllm(model, config, vllm, settings, say, progress)
 
 
 @contextlib.contextmanager

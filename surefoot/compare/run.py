@@ -70,10 +70,11 @@ def compare(
             _measure(side, index, prompts, settings, files, part, by_id, api_key, _within(progress, index, len(sides)))
         except SideError as error:
             part["error"] = str(error)
-        if part.get("facts"):
-            part["proof"] = vars(proof_of(part["facts"], proofs))
-        part["summary"] = summary.summarise(part.pop("answers"))
-        files.save(record)
+        finally:  # also when it is interrupted: what was measured stays
+            if part.get("facts"):
+                part["proof"] = vars(proof_of(part["facts"], proofs))
+            part["summary"] = summary.summarise(part.pop("answers"))
+            files.save(record)
     record["cautions"] = summary.cautions(record["sides"])
     if not any(side["summary"]["prompts"] for side in record["sides"].values()):
         why = next(side["error"] for side in record["sides"].values())
@@ -111,6 +112,7 @@ def _measure(
             # What is known about an answer is checked once: the passes are greedy.
             again = next((a for a in part["answers"] if _same(a, answer)), None)
             prompt = by_id[answer["prompt"]]
+            answer["kind"] = prompt.kind
             answer["checks"] = again["checks"] if again else checks.check(prompt, answer["text"], settings.run_code)
             part["answers"].append(answer)
             files.append({"side": side.name} | answer)

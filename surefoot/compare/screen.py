@@ -49,6 +49,7 @@ def _figures(record: Record) -> dict[str, Figure]:
         "weights": lambda s: _bytes(s["facts"]["memory"].get("weight_bytes")),
         "peak memory": lambda s: _bytes(s["facts"]["memory"].get("peak_bytes")),
         "per question, median": lambda s: _unit(s["summary"]["seconds_per_question"], "s"),
+        "per completion, median": lambda s: _unit(s["summary"]["seconds_per_completion"], "s"),
         "per token, all in": lambda s: _ms(s["summary"]["seconds_per_token"]),
         "per token, decode": lambda s: _ms(s["summary"]["decode_seconds_per_token"]),
         "first token, median": lambda s: _ms(s["summary"]["ttft_s"]),

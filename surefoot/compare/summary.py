@@ -22,13 +22,14 @@ def summarise(answers: Sequence[Answer]) -> dict[str, Any]:
     first = [a["ttft_s"] for a in answers if a["ttft_s"] is not None]
     return {
         "prompts": prompts,
-        "seconds_per_question": statistics.median(p["seconds"] for p in prompts.values()) if prompts else None,
+        "seconds_per_question": _median([p["seconds"] for p in prompts.values() if p["kind"] == "question"]),
+        "seconds_per_completion": _median([p["seconds"] for p in prompts.values() if p["kind"] == "completion"]),
         "seconds_in_all": sum(p["seconds"] for p in prompts.values()) if prompts else None,
         "seconds_per_token": _ratio(sum(a["seconds"] for a in counted), sum(a["tokens"] for a in counted)),
         "decode_seconds_per_token": _ratio(
             sum(a["seconds"] - a["ttft_s"] for a in decoding), sum(a["tokens"] - 1 for a in decoding)
         ),
-        "ttft_s": statistics.median(first) if first else None,
+        "ttft_s": _median(first),
         "tokens_per_answer": _mean([p["tokens"] for p in prompts.values() if p["tokens"] is not None]),
         "characters_per_answer": _mean([p["characters"] for p in prompts.values()]),
         "cut_off": sum(p["finish_reason"] == "length" for p in prompts.values()),
@@ -42,6 +43,7 @@ def _of_prompt(group: Sequence[Answer]) -> dict[str, Any]:
     first = group[0]
     seconds = statistics.median(a["seconds"] for a in group)
     return {
+        "kind": first["kind"],
         "seconds": seconds,
         "tokens": first["tokens"],
         "seconds_per_token": _ratio(seconds, first["tokens"]),
@@ -99,6 +101,10 @@ def cautions(sides: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _ratio(a: float, b: float | None) -> float | None:
     return a / b if b else None
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _mean(values: Sequence[float]) -> float | None:

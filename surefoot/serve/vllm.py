@@ -6,7 +6,6 @@ SIGTERM or Ctrl-C: vLLM gets SIGTERM and ends in its own way; exit 0. A second C
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -28,11 +27,10 @@ def run_vllm(
     config: EngineConfig,
     vllm: VllmSettings,
     settings: ServeSettings,
+    say: Callable[[str], None],
     progress: Any = None,
-    say: Callable[[str], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; returns for exit code 0. A vLLM that ends by itself is a ServerError."""
-    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
     stopped: list[int] = []
 
     def stop(signum: int, frame: object) -> None:
