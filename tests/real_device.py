@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from emulated_npu.attention import KERNELS
 from torch.utils._pytree import tree_leaves, tree_map
 
 from surefoot.analyze.trace import Tracer
@@ -67,6 +68,8 @@ class RealTracer(Tracer):
     def execute(self, func: Any, args: tuple, kwargs: dict) -> Any:
         if func.name() == "aten::histc":  # the CPU counts floats only
             return RealTensor(func(args[0].numbers.float(), *args[1:], **kwargs).to(args[0].dtype))
+        if func.namespace == "npu":
+            return run(KERNELS[func.name().removeprefix("npu::")], args, kwargs)
         out = run(func, args, kwargs)
         if func.name() == "aten::scaled_dot_product_attention":
             # PyTorch's meta kernel gives rows of one head together, the CPU's rows of one token. What an NPU gives is

@@ -1,7 +1,8 @@
 """Trace Surefoot's own engine: the real scheduler, inputs, model, cache and sampler, on the meta device.
 
-Requests of awkward lengths go through `Engine.step` until they have ended. A step in which every request computes one
-token is decode, any other prefill. Tokens come back as zeros, which is all that scheduling needs.
+Ops are dispatched as for an NPU, so the fused operators of `ops/npu` are in the trace. Requests of awkward lengths go
+through `Engine.step` until they have ended. A step in which every request computes one token is decode, any other
+prefill. Tokens come back as zeros, which is all that scheduling needs.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from dataclasses import replace
 
 import torch
 
+from surefoot import ops
+from surefoot.analyze.npu_meta import npu_operators
 from surefoot.analyze.registry import Registry
 from surefoot.analyze.trace import Tracer
 from surefoot.core.config import EngineConfig
@@ -64,7 +67,7 @@ class TracedRunner(Runner):
     def run(self, step: Schedule) -> StepResult:
         tracer = self.decode if step.num_decodes == len(step.items) else self.prefill
         tracer.passes += 1
-        with tracer:
+        with npu_operators(tracer.registry), ops.meta_as("npu"), tracer:
             return super().run(step)
 
 
@@ -77,9 +80,15 @@ def meta_weights(model: CausalLM, dtype: torch.dtype) -> None:
     model.finalize()
 
 
-def traced_engine(model: CausalLM, dtype: torch.dtype, config: EngineConfig, tracers: tuple[Tracer, Tracer]) -> Engine:
+def traced_engine(
+    model: CausalLM,
+    dtype: torch.dtype,
+    config: EngineConfig,
+    tracers: tuple[Tracer, Tracer],
+    device: Device | None = None,
+) -> Engine:
     """An engine around a model whose parameters are on the traced device."""
-    device = MetaDevice()
+    device = device or MetaDevice()
     block_size = config.block_size or PAGE
     graphs = plan_for(model, config, device, dtype, block_size)
     cache = plan_cache(model, config, device, dtype, block_size, graphs)

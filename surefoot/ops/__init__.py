@@ -12,7 +12,7 @@ from surefoot.ops.linear import embedding, linear
 from surefoot.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
 from surefoot.ops.quant import linear_w4, linear_w8
 from surefoot.ops.rotary import rotary
-from surefoot.ops.spec import REGISTRY, chosen, forget_chosen, intercept, use
+from surefoot.ops.spec import REGISTRY, chosen, forget_chosen, intercept, meta_as, use
 
 from surefoot.ops import cpu, npu, torch_native  # noqa: F401  isort: skip  (register implementations)
 
@@ -33,6 +33,7 @@ __all__ = [
     "linear",
     "linear_w4",
     "linear_w8",
+    "meta_as",
     "paged_attention",
     "rms_norm",
     "rotary",

@@ -90,6 +90,7 @@ REGISTRY: dict[str, OpSpec] = {}
 # NOTE: a context variable, not a plain global: two threads may dispatch by different policies at once.
 _policy: contextvars.ContextVar[str] = contextvars.ContextVar("op_policy", default="auto")
 _handler: contextvars.ContextVar[Handler | None] = contextvars.ContextVar("op_handler", default=None)
+_meta_as: contextvars.ContextVar[str] = contextvars.ContextVar("op_meta_as", default="meta")
 _chosen: dict[str, str] = {}
 
 
@@ -122,6 +123,16 @@ def use(policy: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def meta_as(device_type: str) -> Iterator[None]:
+    """Within the block, meta tensors stand for tensors of this device: its implementations are chosen for them."""
+    token = _meta_as.set(device_type)
+    try:
+        yield
+    finally:
+        _meta_as.reset(token)
+
+
+@contextlib.contextmanager
 def intercept(handler: Handler) -> Iterator[None]:
     """Within the block, every op call is handed to `handler` instead of being computed; it calls `run` if it wants."""
     token = _handler.set(handler)
@@ -147,6 +158,8 @@ def forget_chosen() -> None:
 
 def dispatch(spec: OpSpec, device_type: str, args: tuple, kwargs: dict) -> Any:
     """Run the first implementation that takes these arguments, else the reference."""
+    if device_type == "meta":
+        device_type = _meta_as.get()
     handler = _handler.get()
     if handler is None:
         return _compute(spec, device_type, args, kwargs)

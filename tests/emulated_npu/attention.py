@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from emulated_npu.kernels import kernel, need
+from emulated_npu.kernels import KERNELS, kernel, need
 
+# Sparse modes: causal with the first query at the first key, or with the last query at the last key.
+NO_MASK, LEFT_UP, RIGHT_DOWN = 0, 2, 3
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -27,23 +29,27 @@ def fused_out(query, key, value, *, workspace=None, out=(), **options):
     return tuple(out)
 
 
+KERNELS["npu_fused_infer_attention_score.out"] = fused_out
+
+
 def _attend(query, key, value, **options):
     heads, kv_heads = options["num_heads"], options["num_key_value_heads"]
     out = torch.zeros_like(query)
-    for rows, pages, length, causal in _requests(query, key, value, **options):
+    for rows, pages, length, mode in _requests(query, key, value, **options):
         k, v = (c[pages].flatten(0, 1)[:length].unflatten(-1, (kv_heads, -1)).float() for c in (key, value))
         k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
         q = query[rows].float()
         scores = torch.einsum("qhd,khd->hqk", q, k) * options["scale"]
-        if causal:  # aligned at the lower right: the last query sees every key
-            hidden = torch.arange(length)[None] > torch.arange(len(q))[:, None] + length - len(q)
+        if mode != NO_MASK:
+            shift = length - len(q) if mode == RIGHT_DOWN else 0
+            hidden = torch.arange(length)[None] > torch.arange(len(q))[:, None] + shift
             scores = scores.masked_fill(hidden, -torch.inf)
         out[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(out.dtype)
     return out
 
 
 def _requests(query, key, value, *, block_table, actual_seq_lengths_kv, block_size, input_layout, **options):
-    """(rows of the query, its pages, its length, causal) of each request, after what the document demands."""
+    """(rows of the query, its pages, its length, the mask's mode) of each request, after what the document demands."""
     heads, kv_heads = options["num_heads"], options["num_key_value_heads"]
     need(query.dtype in HALF and query.dtype == key.dtype == value.dtype, f"attention in {query.dtype}, {key.dtype}")
     need(all(t.is_contiguous() for t in (query, key, value, block_table)), "attention: contiguous tensors only")
@@ -67,21 +73,21 @@ def _requests(query, key, value, *, block_table, actual_seq_lengths_kv, block_si
     counts = [len(query[s]) for s in spans]
     longest = max(counts)
     need(longest == 1 or (block_size % 128 == 0 and 128 <= block_size <= 512), f"attention: block_size {block_size}")
-    causal = _causal(longest, **options)
+    mode = _mask_mode(**options)
     for span, row, count, length in zip(spans, table, counts, lengths):
         need(0 < count <= length <= len(row) * block_size, f"attention: {count} queries, {length} keys")
         pages = row[: -(-length // block_size)]
         need(all(0 <= p < len(key) for p in pages), f"attention: a page outside the cache, {pages}")
-        yield span, pages, length, causal
+        yield span, pages, length, mode
 
 
-def _causal(longest: int, *, sparse_mode=0, atten_mask=None, **options) -> bool:
-    if sparse_mode == 0:
+def _mask_mode(*, sparse_mode=0, atten_mask=None, **options) -> int:
+    if sparse_mode == NO_MASK:
         need(atten_mask is None, "attention: mode 0 with a mask is not emulated")
-        return False
-    need(sparse_mode in (2, 3, 4) and atten_mask is not None, f"attention: sparse mode {sparse_mode} wants its mask")
+        return sparse_mode
+    need(sparse_mode in (LEFT_UP, RIGHT_DOWN), f"attention: sparse mode {sparse_mode} is not emulated")
+    need(atten_mask is not None, f"attention: sparse mode {sparse_mode} wants its mask")
     need(atten_mask.dtype in (torch.int8, torch.uint8, torch.bool), f"attention: mask of {atten_mask.dtype}")
     expected = torch.ones(2048, 2048, dtype=torch.int8).triu(1)
     need(torch.equal(atten_mask.to(torch.int8), expected), "attention: the mask is 2048 x 2048, 1 above the diagonal")
-    need(sparse_mode == 3, f"attention: mode {sparse_mode} is not emulated")
-    return True
+    return sparse_mode

@@ -12,15 +12,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from emulated_npu import attention
-from emulated_npu.kernels import KERNELS
+from emulated_npu.attention import KERNELS
 from emulated_npu.tensor import NpuTensor, compute
 from emulated_npu.wheel import Contract
 from surefoot.analyze.registry import Registry, Status
 from surefoot.analyze.trace import Tracer
 
-# Overloads that write into tensors they are given.
-KERNELS["npu_fused_infer_attention_score.out"] = attention.fused_out
 REFUSED = (Status.FALLBACK, Status.UNSUPPORTED, Status.UNKNOWN)
 # Operators whose purpose is to bring a host tensor to the device or back.
 COPIES = ("aten::_to_copy", "aten::copy_")

@@ -10,6 +10,7 @@ import torch
 from fake_torch_npu import FakeNpu
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from emulated_npu import graphs
 from emulated_npu.emulator import Emulator
 from emulated_npu.wheel import contract, modules
 from surefoot.analyze.registry import Registry, load
@@ -57,6 +58,7 @@ def machine(release: str = "2.13.0", registry: Registry | None = None) -> Iterat
     fake = FakeNpu()
     fake.npu.mem_get_info = lambda i: (FREE, TOTAL)
     fake.npu.memory_allocated = fake.npu.memory_reserved = lambda i: 0
+    graphs.add_to(fake.npu)
     # `torch_npu.npu_rms_norm` is the dispatcher's npu::npu_rms_norm.
     fake.__dict__["__getattr__"] = lambda name: getattr(torch.ops.npu, name)
     emulator = Emulator(held, registry or load())
