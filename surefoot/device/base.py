@@ -39,9 +39,10 @@ class Timer:
 
 class Device:
     """One device. `type` is "cpu", "cuda" or "npu"; `index` counts from 0; `capabilities` is the chip's row of data;
-    `notes` says what about it is not as one would expect."""
+    `notes` says what about it is not as one would expect. `graphs_on_request`: it captures, but only if asked to."""
 
     type: str = "cpu"
+    graphs_on_request: bool = False
 
     def __init__(self, index: int = 0) -> None:
         self.index = index

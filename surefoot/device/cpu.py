@@ -8,9 +8,12 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from surefoot.device.base import Device
+from surefoot.device.graphs import Graph
 
 # A cgroup v1 without a limit reports a huge page-aligned number instead of "max".
 _NO_LIMIT = 1 << 60
@@ -18,6 +21,7 @@ _NO_LIMIT = 1 << 60
 
 class CpuDevice(Device):
     type = "cpu"
+    graphs_on_request = True
 
     def name(self) -> str:
         try:
@@ -28,6 +32,11 @@ class CpuDevice(Device):
             match = None
         name = match.group(1).strip() if match else platform.processor() or platform.machine()
         return f"{name}, {os.cpu_count()} logical CPUs"
+
+    def capture(self, fn: Callable[[], Any], pool: Any = None) -> Graph:
+        from surefoot.device.cpu_graphs import CpuGraph
+
+        return CpuGraph(fn)
 
     def memory(self) -> tuple[int, int]:
         free, total = _system_memory()

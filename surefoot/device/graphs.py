@@ -35,6 +35,9 @@ class Graph:
         """Record a call that reads host values, so that it is updated before every replay."""
         raise DeviceError("this device cannot update host values inside a graph: use --graph off")
 
+    def kernel_call(self, fn: Callable[..., Any], args: tuple) -> None:
+        """A kernel is being called past PyTorch. Devices that record at their stream see it there."""
+
 
 # NOTE: a context variable, not a plain global: another thread may run eagerly while this one captures.
 _capturing: contextvars.ContextVar[Graph | None] = contextvars.ContextVar("capturing", default=None)
@@ -53,6 +56,18 @@ def capturing(graph: Graph) -> Iterator[None]:
 def is_capturing() -> bool:
     """Whether this thread is recording a graph right now."""
     return _capturing.get() is not None
+
+
+def recorded(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that PyTorch does not dispatch, made known to the graph that is being captured, if one is."""
+
+    def call(*args: Any) -> Any:
+        graph = _capturing.get()
+        if graph is not None:
+            graph.kernel_call(fn, args)
+        return fn(*args)
+
+    return call
 
 
 def host_call(call: Callable[[], None]) -> None:

@@ -40,7 +40,7 @@ def plan_for(model: CausalLM, config: EngineConfig, device: Device, dtype: torch
         most_rows = weights // (max_len * kv_all)
     return plan_graphs(
         config,
-        no_graphs=device.no_graphs(),
+        no_graphs=None if device.graphs_on_request and config.graph == "full" else device.no_graphs(),
         stream_limit=device.capabilities.graph_streams,
         free_bytes=device.memory()[0],
         bytes_for=bytes_for,

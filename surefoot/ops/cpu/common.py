@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
+from surefoot.device.graphs import recorded
 from surefoot.ops.cpu import kernels
 
 assert kernels is not None
-KERNELS = kernels
+KERNELS = SimpleNamespace(**{k: recorded(f) for k, f in vars(kernels).items() if callable(f)})
 PRIORITY = 10
 # As `Dtype` in csrc/types.h.
 CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

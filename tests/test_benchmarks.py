@@ -1,0 +1,68 @@
+"""The arithmetic of the benchmarks: ratios pair by pair, shares of the machine's limits, verdicts, fitted costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numpy")
+BENCHMARKS = str(Path(__file__).parent.parent / "benchmarks")
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from peers import table
+
+    return table
+
+
+def run(case="decode-1", ours=(0.04, 0.05), theirs=(0.06, 0.06), hf=(0.2, 0.1)) -> dict:
+    work = {"bytes": 900_000_000, "macs": 900_000_000, "head_bytes": 100_000_000, "head_macs": 100_000_000}
+    return {
+        "model": "llama-3.2-1b-instruct",
+        "group": "int8",
+        "case": case,
+        "tokens": {"decode-1": 1, "decode-8": 8, "prefill-512": 512}[case],
+        "threads": 2,
+        "machine": {"cpu": "a CPU"},
+        "seconds": {"surefoot w8a8": list(ours), "llama.cpp Q8_0": list(theirs), "transformers bfloat16": list(hf)},
+        "families": {
+            "surefoot w8a8": "surefoot",
+            "llama.cpp Q8_0": "llama.cpp Q8_0",
+            "transformers bfloat16": "transformers",
+        },
+        "about": {"surefoot w8a8": {"work": work}},
+        "limits": [{"read": 40e9, "int8": 900e9}, {"read": 25e9, "int8": 900e9}],
+    }
+
+
+def test_a_pair_is_compared_under_its_own_limits(table):
+    assert table.ratios(run(), "llama.cpp Q8_0") == pytest.approx([1.2, 1.5])
+    assert table.limit(run())["bandwidth"] == pytest.approx((1 / 40 / 0.04 + 1 / 25 / 0.05) / 2)
+    assert table.limit(run())["share"] == table.limit(run())["bandwidth"]
+
+
+def test_a_prefill_needs_one_row_of_the_head(table):
+    found = table.limit(run("prefill-512", ours=(1.0, 1.0)))
+    assert found["peak"] == pytest.approx((0.9e9 * 512 + 0.1e9) / 900e9) and found["share"] == found["peak"]
+
+
+def test_targets_are_judged_in_the_newest_run(table):
+    text = table.render([run(theirs=(0.01, 0.01)), run()])
+    assert "≥ 1.3: met" in text and "≥ 3.3: met" in text and "≥ 85%: not met" in text
+    assert text.count("llama.cpp Q8_0") == 1
+
+
+def test_fit_finds_the_cost(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from cost_curve import fit
+
+    points = [(b, c) for b in (1, 8, 32) for c in (128, 1024, 8192)]
+    columns = [[1.0] * len(points), [b for b, _ in points], [b * c for b, c in points]]
+    seconds = [0.03 + 0.001 * b + 1e-6 * b * c for b, c in points]
+    found = fit(columns, seconds)
+    assert found["coefficients"] == pytest.approx([0.03, 0.001, 1e-6]) and found["largest_relative_error"] < 1e-9
+    falling = fit(columns, [0.03 - 1e-9 * b for b, _ in points])
+    assert min(falling["coefficients"]) == 0.0
