@@ -23,6 +23,7 @@ from surefoot.bringup.stages.order import STAGES as REAL_STAGES
 from surefoot.cli.main import run_cli
 from surefoot.core.errors import InputError
 from tests.bringup_fakes import NAMES, STAGES, new_folder, run
+from tests.report_page import Page, check_recorded
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -198,6 +199,8 @@ def test_only_one_process_works_on_a_folder(path):
         (["canary-llama", "--resume", "x"], "one of the two"),
         (["--resume", "nowhere"], "nowhere is not a run folder"),
         (["--resume", "nowhere", "--quick"], "leave out everything but --resume"),
+        (["--resume", "nowhere", "--device", "cuda"], "leave out everything but --resume"),
+        (["--resume", "nowhere", "--lang", "zh"], "leave out everything but --resume"),
         (["canary-llama", "--lang", "fr"], "unknown --lang 'fr'"),
         (["canary-llama", "--batch", "1,x"], "--batch '1,x': write positive numbers"),
         (["canary-llama", "--prompt-len", "0"], "impossible sweep"),
@@ -252,6 +255,39 @@ def test_every_stage_can_be_repeated_by_a_command():
         assert run_cli([words[1], "--help"]) == 0
     needed = {name for stage in REAL_STAGES for name in stage.needs}
     assert needed <= set(BY_NAME)
+
+
+SMALL = ["--quick", "--batch", "1,2", "--prompt-len", "16", "--output-len", "8", "--concurrency", "2"]
+SMALL += ["--requests", "8", "--threads", "1"]
+
+
+@pytest.mark.slow
+def test_the_real_run_killed_in_three_stages_resumes_and_reports(tmp_path):
+    """A canary from start to report, killed in the middle of the proof, the bench and the server's load."""
+    surefoot = [sys.executable, "-m", "surefoot.cli.main", "bringup"]
+    command = [*surefoot, "canary-llama", *SMALL, "--runs", str(tmp_path)]
+    killed = ("proof", "bench", "load")
+    for stage in killed:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(
+            lambda s=stage: any(states(p.parent).get(s) == "running" for p in tmp_path.glob("*/manifest.json")), 300
+        )
+        time.sleep(1.0)
+        process.kill()
+        process.wait(20)
+        (path,) = tmp_path.iterdir()
+        command = [*surefoot, "--resume", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert "kept" in done.stdout
+    entries = RunFolder.open(path).stages
+    assert {name: e["state"] for name, e in entries.items()} == dict.fromkeys(BY_NAME, "done"), done.stdout
+    assert {name: e["runs"] for name, e in entries.items()} == {n: 1 + (n in killed) for n in BY_NAME}
+    bench, load = (json.loads((path / f"{n}.json").read_text()) for n in ("bench", "load"))
+    assert bench["proof"]["status"] == load["proof"]["status"] == "PROVEN"
+    assert bench["config_hash"] == load["served"]["config_hash"]
+    assert not any(p.name.endswith((".tmp", ".measured.json")) for p in path.iterdir())
+    page = Page((path / "report.html").read_text(encoding="utf-8"))
+    check_recorded(path, page)
 
 
 def test_words_for_a_death():

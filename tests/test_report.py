@@ -6,20 +6,19 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from surefoot.core.errors import SurefootError
-from surefoot.report import features, plots, records, render
+from surefoot.report import features, plots, render
 from surefoot.report.records import At, Records, known, look_up, place, value
 from surefoot.report.texts import Texts
 from surefoot.report.units import show
+from tests.report_page import Page, check_recorded
 
 RECORDS = json.loads(Path(__file__).with_name("run_records.json").read_text(encoding="utf-8"))
 LANGUAGES = ("en", "zh")
-VOID = {"meta", "link", "input", "br", "img", "use", "path"}
 
 
 def write_records(folder: Path, without: tuple[str, ...] = ()) -> Path:
@@ -37,43 +36,6 @@ def folder(tmp_path_factory):
     return path
 
 
-class Page(HTMLParser):
-    """The text of a page by what stands around it. printed: (text, attributes) of recorded values; loose: the rest."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.printed: list[tuple[str, dict]] = []
-        self.loose: list[str] = []
-        self.attributes: list[tuple[str, dict]] = []
-        self.plots: dict[str, list[str]] = {}
-        self._open: list[tuple[str, dict]] = []
-        self.feed(html)
-        assert not self._open, f"never closed: {self._open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.attributes.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append((tag, dict(attrs)))
-
-    def handle_startendtag(self, tag, attrs):
-        self.attributes.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self._open.pop()[0] == tag
-
-    def handle_data(self, data):
-        inside = [tag for tag, _ in self._open]
-        recorded = next((a for _, a in reversed(self._open) if "data-record" in a), None)
-        if recorded is not None:
-            self.printed.append((data, recorded))
-        elif "svg" in inside:
-            source = next(a["data-records"] for _, a in self._open if "data-records" in a)
-            self.plots.setdefault(source, []).append(data.strip())
-        elif "style" not in inside and "title" not in inside:
-            self.loose.append(data)
-
-
 @pytest.fixture(scope="module")
 def page(folder):
     return Page((folder / "report.html").read_text(encoding="utf-8"))
@@ -84,13 +46,7 @@ def page(folder):
 
 def test_every_recorded_value_is_what_its_record_says(folder, page):
     assert len(page.printed) > 600
-    for text, attributes in page.printed:
-        recorded = look_up(folder, attributes["data-record"])
-        if "data-unit" in attributes:
-            assert text == show(recorded, attributes["data-unit"])
-            assert float(attributes["value"]) == recorded
-        else:
-            assert render._words(recorded).startswith(text)
+    check_recorded(folder, page)
 
 
 def own_words(language: str) -> str:
@@ -133,7 +89,7 @@ def test_a_tampered_number_is_found(folder, tmp_path):
     (other / "bench.json").write_text(json.dumps(bench))
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
     with pytest.raises(AssertionError):
-        test_every_recorded_value_is_what_its_record_says(other, page)
+        check_recorded(other, page)
 
 
 def test_every_speed_names_its_proof(page):
@@ -311,4 +267,3 @@ def test_a_place_survives_odd_keys(tmp_path):
     assert isinstance(at, At)
     assert place(at) == "x.json#/a~1b/0/~0c"
     assert look_up(tmp_path, place(at)) == value(at) == 3
-    assert records.key(at) == "~c"

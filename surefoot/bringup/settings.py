@@ -85,7 +85,7 @@ QUICK: dict[str, Any] = {
     "output_lens": (10, 50),
     "concurrency": (1, 4, 16),
     "requests": 40,
-    "calibration_repeats": 3,
+    "calibration_repeats": 2,
 }
 
 

@@ -18,7 +18,7 @@ TARGET = {name: ENGINE[name] for name in ("device", "dtype", "ops", "random_weig
 Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As for `surefoot run`.", show_default=False)]
 Resume = Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with this run folder instead.")]
 Runs = Annotated[Path, typer.Option(metavar="DIR", help="Where run folders are made.")]
-Lang = Annotated[str, typer.Option(metavar="LANG", help="Language of the report: en, zh or both.")]
+Lang = Annotated[str | None, typer.Option(metavar="LANG", help="Language of the report: en, zh or both [both].")]
 Quick = Annotated[bool, typer.Option("--quick", help="Small sizes: for tiny models, or a first look.")]
 Batch = Annotated[str | None, typer.Option(metavar="N,N,...", help="Sequences together [1,2,4,8].")]
 PromptLen = Annotated[
@@ -36,7 +36,7 @@ def bringup(
     model: Model = None,
     resume: Resume = None,
     quick: Quick = False,
-    lang: Lang = "both",
+    lang: Lang = None,
     runs: Runs = Path("runs"),
     batch: Batch = None,
     prompt_len: PromptLen = None,
@@ -65,14 +65,14 @@ def bringup(
     if (model is None) == (resume is None):
         raise InputError("give a MODEL to bring up, or --resume DIR to go on with a run folder: one of the two")
     if resume is not None:
-        if quick or requests or any(sizes.values()):
-            raise InputError("a resumed run keeps its sizes: leave out everything but --resume DIR")
+        if quick or requests or lang or any(sizes.values()) or config != EngineConfig():
+            raise InputError("a resumed run keeps its settings: leave out everything but --resume DIR")
         folder = RunFolder.open(resume)
     else:
         given: dict[str, Any] = {name: _numbers(name, text) for name, text in sizes.items() if text is not None}
-        given |= {} if requests is None else {"requests": requests}
+        given |= {name: x for name, x in (("requests", requests), ("lang", lang)) if x is not None}
         engine = {name: getattr(config, name) for name in TARGET}
-        folder = _new(str(model), runs, quick, {"lang": lang} | engine | given)
+        folder = _new(str(model), runs, quick, engine | given)
     with _Screen() as screen:
         print(f"bringing up {folder.manifest['settings']['model']}: {folder.path}", flush=True)
         try:

@@ -22,8 +22,8 @@ def features(records: Records) -> list[Feature]:
     proof, answers, load = records["proof"], records["answers"], records["load"]
     findings = proof["findings"]
 
-    def check(name: str, *checks: str) -> Feature:
-        found = find(findings, check=checks[0])
+    def check(name: str, proven_by: str) -> Feature:
+        found = find(findings, check=proven_by)
         return Feature(name, _state(found["status"]), found["summary"])
 
     def path(name: str, *prefixes: str) -> Feature:

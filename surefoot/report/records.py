@@ -65,11 +65,6 @@ def place(at: At) -> str:
     return f"{at._file}#{path}"
 
 
-def key(at: At) -> str:
-    """The last part of the place."""
-    return at._path[-1]
-
-
 def pairs(at: At) -> list[tuple[str, At]]:
     """Keys and values of an object."""
     return [(k, at[k]) for k in at._value] if isinstance(at._value, dict) else []

@@ -41,7 +41,7 @@ class HtmlPrinter:
         raw = value(at)
         if raw is None:
             return Markup('<span class="none">{}</span>').format(show(None))
-        where, words = place(at), _words(raw)
+        where, words = place(at), words_of(raw)
         cut = words if most is None or len(words) <= most else words[:most]
         return Markup('<span data-record="{}" title="{}">{}</span>').format(where, where, cut)
 
@@ -56,7 +56,7 @@ class MarkdownPrinter:
         return self._print(show(value(at), unit), at)
 
     def text(self, at: At, most: int | None = None) -> str:
-        words = _words(value(at))
+        words = words_of(value(at))
         return self._print(words if most is None else words[:most], at)
 
     def _print(self, text: str, at: At) -> str:
@@ -66,11 +66,11 @@ class MarkdownPrinter:
         return text
 
 
-def _words(raw: Any) -> str:
+def words_of(raw: Any) -> str:
     if isinstance(raw, list):
-        return ", ".join(map(_words, raw))
+        return ", ".join(map(words_of, raw))
     if isinstance(raw, dict):
-        return ", ".join(f"{k} {_words(v)}" for k, v in raw.items())
+        return ", ".join(f"{k} {words_of(v)}" for k, v in raw.items())
     return show(raw)
 
 

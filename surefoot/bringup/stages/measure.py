@@ -15,8 +15,9 @@ def run_calibration(work: Work) -> Record:
 
     s = work.settings
     dtype = dtype_of(work)
+    fewer = {"prompts": (16, 128), "batches": (1, 8), "contexts": (64,)} if s.quick else {}
     settings = calibrate.Settings(
-        device=s.device, variants=(dtype,), threads=s.num_threads, repeats=max(2, s.calibration_repeats)
+        device=s.device, variants=(dtype,), threads=s.num_threads, repeats=s.calibration_repeats, **fewer
     )
     return calibrate.calibrate(settings, work.progress).as_dict()
 

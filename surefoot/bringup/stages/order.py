@@ -67,8 +67,8 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage("proof", prove.run_proof, prove.proof_outcome, _model("verify", "-o", "proof.json"), seconds=25),
     Stage("calibration", measure.run_calibration, measure.calibration_outcome, _calibrate, seconds=20),
-    Stage("bench", measure.run_bench, measure.bench_outcome, _bench, seconds=20),
-    Stage("load", measure.run_load, measure.load_outcome, _load, seconds=15),
+    Stage("bench", measure.run_bench, measure.bench_outcome, _bench, needs=("proof", "calibration"), seconds=20),
+    Stage("load", measure.run_load, measure.load_outcome, _load, needs=("proof",), seconds=15),
     Stage(
         "estimate",
         explain.run_estimate,
