@@ -1,6 +1,7 @@
 """The CPU's linear kernels against the machine's limits and PyTorch, on the shapes of Llama-3.2-1B.
 
     python benchmarks/bench_kernels.py [--isa avx2] [--threads 2] [--repeats 7] [--kinds w8a8,bf16] [--best] [--json F]
+    python benchmarks/bench_kernels.py --one-pool      # do our kernels and PyTorch's slow each other?
 
 First the limits, measured by the same compiler and threads: memory read over a buffer far larger than the caches, and
 multiply-adds in registers. Then each kernel at 1, 8 and 512 tokens. Rounds are interleaved: every round measures every
@@ -43,6 +44,7 @@ KINDS = {
     "w8a8": (1.0, INT8),
     "w8a16": (1.0, INT16),
     "w4a16": (4.5 / 8, INT16),
+    "w4a8": (4.5 / 8, INT8),
     "bf16": (2.0, BF16),
     "fp32": (4.0, FP32),
 }
@@ -90,9 +92,10 @@ def weights(kind: str, outer: int, inner: int):
             None,
             act,
         )
-    if kind == "w4a16":
+    if kind.startswith("w4"):
         packed = pack_int4(torch.randint(-8, 8, (64, inner))).repeat(outer // 64, 1)
-        return ops.linear_w4, (packed, (torch.rand(outer, inner // 32) / 100).bfloat16(), 32)
+        act = "int8" if kind == "w4a8" else "float"
+        return ops.linear_w4, (packed, (torch.rand(outer, inner // 32) / 100).bfloat16(), 32, None, act)
     dtype = torch.bfloat16 if kind.endswith("bf16") else torch.float32
     w = torch.randn(64, inner).repeat(outer // 64, 1).to(dtype)
     return (F.linear if kind.startswith("torch") else ops.linear), (w,)
@@ -175,6 +178,24 @@ def report(found: list[Case], limits: Limits, best: bool) -> list[dict]:
     return [{"read": read, "peak": peak, "isa": cpu.instruction_set(), "threads": torch.get_num_threads()}, *rows]
 
 
+def one_pool(repeats: int) -> None:
+    """Our kernel and PyTorch's in turn against each alone: two pools of threads would fight for the cores."""
+    w = torch.randn(2048, 2048)
+    q, x = (w * 30).to(torch.int8), torch.randn(8, 2048)
+    ours, theirs = lambda: ops.linear_w8(x, q, torch.ones(2048), None, "int8"), lambda: F.linear(x, w)
+
+    def seconds(*calls: Callable[[], torch.Tensor]) -> float:
+        start = time.perf_counter()
+        for _ in range(200):
+            for call in calls:
+                call()
+        return (time.perf_counter() - start) / 200
+
+    rounds = [(seconds(ours), seconds(theirs), seconds(ours, theirs)) for _ in range(repeats + 1)][1:]
+    a, b, both = (statistics.median(column) * 1e6 for column in zip(*rounds))
+    print(f"ours {a:.0f} us, PyTorch's {b:.0f} us, in turn {both:.0f} us: {both / (a + b):.2f} of their sum")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--isa", help="instruction set instead of the best one")
@@ -183,6 +204,7 @@ def main() -> None:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--best", action="store_true", help="the fastest of the repeats instead of the median")
+    parser.add_argument("--one-pool", action="store_true", help="only: our kernels and PyTorch's in turn")
     parser.add_argument("--json", help="write the results there, too")
     args = parser.parse_args()
     if cpu.kernels is None:
@@ -191,6 +213,9 @@ def main() -> None:
         cpu.kernels.set_isa(args.isa)
     torch.set_num_threads(args.threads)
     print(f"{cpu.instruction_set()}, {args.threads} threads ({cpu.kernels.pool()}'s), {args.repeats} rounds")
+    if args.one_pool:
+        one_pool(args.repeats)
+        return
     clock = time.thread_time if args.threads == 1 else time.perf_counter
     limits = Limits()
     results: list[Case] = []

@@ -34,6 +34,7 @@ ROWS: dict[str, dict] = {
     "w4a16, groups of 32": {"quant": "w4a16"},
     "w4a16, groups of 128": {"quant": "w4a16", "quant_group_size": 128},
     "w4a16, groups of 32, lm_head too": {"quant": "w4a16", "quant_lm_head": True},
+    "w4a8, groups of 32": {"quant": "w4a8"},
 }
 BEGINNINGS = ("Once upon a time", "One day", "Lily", "The little dog", "Tom and his mom")
 SAMPLES, SAMPLE_TOKENS, GREEDY_TOKENS = 20, 200, 64

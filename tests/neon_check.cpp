@@ -53,7 +53,8 @@ template <class T> static void check(const Kernels& k, int dtype, float toleranc
       for (int bits : {8, 16}) { j.act_bits = bits; both("int8 linear", M * N, linear); }
       if (K % 32) continue;
       j.kind = W_INT4; j.wscale = scale4.data(); j.scale_type = dtype; j.group = 32;
-      both("int4 linear", M * N, linear, 10);  // sums of about a hundred, in another order
+      // Sums of about a hundred, in another order.
+      for (int bits : {8, 16}) { j.act_bits = bits; both("int4 linear", M * N, linear, 10); }
     }
   for (long D : {6, 64}) {
     const long H = 6, Hk = 2, blocks = 20, size = 16;
