@@ -98,8 +98,12 @@ def test_the_recording_proxy_sees_what_the_client_sees(mock):
         behind = dataclasses.replace(mock, url=proxy.url)
         client = Client(proxy.url, idle_timeout=20)
         jobs = ask(client, behind, "ttft=20,itl=5,role=1,n=2,split=1", 6, 8, "proxy")
-        asyncio.run(closed_loop(client, jobs, 2))
-        client.close()
+
+        async def go():
+            await closed_loop(client, jobs, 1)
+            client.close()
+
+        asyncio.run(go())
     logs = sorted((job.finish() for job in jobs), key=lambda log: log.sent)
     seen = [log for log in proxy.logs() if log.ok and len(log.chunks) > 1]
     assert len(seen) == len(logs) == 6

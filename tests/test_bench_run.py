@@ -198,7 +198,7 @@ def test_mfu_and_mbu_are_shares_of_a_calibration(tmp_path, capsys, monkeypatch):
     flags = ["--dtype", "float32", "--threads", "1", "--batch", "2", "--prompt-len", "8", "--output-len", "4"]
     flags += ["--repeats", "1", "--warmup", "0", "-o", str(record)]
     assert run_cli(["bench", CANARY, *flags, "--calibration", str(file)]) == 0
-    assert "0.064 TFLOP/s, 4 GB/s (best seen by surefoot calibrate, today, 1 threads)" in capsys.readouterr().out
+    assert "64 GFLOP/s, 4 GB/s (best seen by surefoot calibrate, today, 1 threads)" in capsys.readouterr().out
     (point,) = json.loads(record.read_text())["points"]
     data = json.loads(record.read_text())
     step, memory = point["decode"]["step_s"]["median"], data["memory"]

@@ -54,12 +54,22 @@ def real(name: str) -> dict:
 
 def assert_sizes_equal(folder: Path, config: dict, dtype: str, quant: str | None, lm_head: bool = False) -> None:
     asked = EngineConfig(dtype=dtype, quant=quant, quant_lm_head=lm_head, random_weights=0, **SIZES)
-    info = Engine.load(str(folder), asked).info
+    engine = Engine.load(str(folder), asked)
+    info = engine.info
     paper = sketch(config, getattr(torch, dtype), scheme(quant) if quant else None, lm_head)
     planned = cache_plan(paper, asked, "cpu", get_device("cpu").memory()[0], info.block_size)
     assert (paper.parameters, paper.weight_bytes) == (info.num_parameters, info.weight_bytes)
     assert (planned.kv_bytes, planned.state_bytes) == (info.kv_cache_bytes, info.state_bytes)
     assert (planned.num_blocks, planned.max_model_len) == (info.num_blocks, info.max_model_len)
+    cache = held(t for layer in engine.runner.layers for t in vars(layer).values())
+    assert cache == planned.kv_bytes + planned.state_bytes, "what is planned is what is allocated"
+    assert held(engine.model.parameters()) == paper.weight_bytes
+
+
+def held(tensors) -> int:
+    """Bytes of memory behind these tensors, shared memory once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 @pytest.mark.parametrize("name", sorted(tiny.CONFIGS))

@@ -47,6 +47,7 @@ def bench_engine(
     from surefoot.bench.steps import open_stepper
     from surefoot.weights.hub import resolve
 
+    check_output(output)
     check_sweep(settings, {"max_model_len": config.max_model_len, "max_num_seqs": config.max_num_seqs})
     folder = resolve(model, progress=progress)
     if progress:
@@ -98,6 +99,7 @@ def bench_server(
 
     managed: what is known of a server that was started for this.  start_s: how long that took until it answered.
     """
+    check_output(output)
     target = open_target(url, model, api_key, endpoint, settings.timeout)
     info = target.info() if managed is None else target.info() | dict(managed)
     facts = confighash.identity(info, url)
@@ -124,11 +126,15 @@ def _form(takes_ids: bool, settings: ServerSettings) -> str:
     return "random token ids, no template" if takes_ids else "random words measured by /tokenize, no template"
 
 
+def check_output(output: Path) -> None:
+    """Refuse a place that cannot take the record, before a model is loaded or a server asked."""
+    if output.is_dir() or not output.parent.is_dir() or output.suffix != ".json":
+        raise InputError(f"cannot write {output}: give a .json file in a folder that exists")
+
+
 @contextlib.contextmanager
 def recording(output: Path, data: dict[str, Any]) -> Iterator[Result]:
     """The result as a context; an error names the file that holds what was measured until then."""
-    if output.is_dir() or not output.parent.is_dir() or output.suffix != ".json":
-        raise InputError(f"cannot write {output}: give a .json file in a folder that exists")
     try:
         with Result(output, data) as result:
             yield result

@@ -224,7 +224,9 @@ def _share(value: float | None) -> str:
 
 
 def _flops(value: float | None) -> str:
-    return "FLOP/s unknown" if value is None else f"{value / 1e12:.4g} TFLOP/s"
+    if value is None:
+        return "FLOP/s unknown"
+    return f"{value / 1e12:.4g} TFLOP/s" if value >= 1e12 else f"{value / 1e9:.4g} GFLOP/s"
 
 
 def _rate(value: float | None) -> str:
