@@ -29,6 +29,7 @@ from surefoot.cli import (
     run,
     selftest,
     serve,
+    shapes,
     verify,
 )
 from surefoot.core.errors import SurefootError
@@ -74,6 +75,7 @@ app.command("verify", short_help="Prove that a model computes the right thing.")
 app.add_typer(proof.app, name="proof", short_help="Check, show or compare proofs.")
 app.command("quantize", short_help="Write a quantised copy of a model.")(quantize.quantize)
 app.command("bench", short_help="Measure how fast a model or a server is.")(bench.bench)
+app.command("shapes", short_help="Choose sizes to pad to for a workload.")(shapes.shapes)
 app.command("estimate", short_help="Say how fast a model could be on a chip.")(estimate.estimate)
 app.command("calibrate", short_help="Measure this device for estimates.")(calibrate.calibrate)
 app.command("audit", short_help="Check published numbers against each other.")(audit.audit)
