@@ -16,13 +16,13 @@ import pytest
 
 from surefoot.bringup import folder as folders
 from surefoot.bringup.folder import DiskError, RunFolder
-from surefoot.bringup.run import Clock, died
+from surefoot.bringup.run import Clock, Run, died
 from surefoot.bringup.settings import QUICK, BringupSettings, fitted, folder_name
 from surefoot.bringup.stages.order import BY_NAME
 from surefoot.bringup.stages.order import STAGES as REAL_STAGES
 from surefoot.cli.main import run_cli
 from surefoot.core.errors import InputError
-from tests.bringup_fakes import NAMES, STAGES, new_folder, run
+from tests.bringup_fakes import NAMES, STAGES, Quiet, new_folder, run
 from tests.report_page import Page, check_recorded
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,6 +173,15 @@ def test_a_full_disk_keeps_the_last_good_manifest(path, monkeypatch):
         folder.update("first", state="done")
     assert (path / "manifest.json").read_bytes() == before
     assert not list(path.glob("*.tmp"))
+
+
+def test_a_folder_that_became_read_only(path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(DiskError, match="read-only file system"):
+        Run(RunFolder(path, {"settings": {"model": "m"}, "stages": {}}), Quiet(), STAGES).go()
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, capsys):

@@ -8,6 +8,7 @@ print goes to stderr, which the parent keeps as logs/STAGE.log. Stdin is the par
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from surefoot.bringup.stages.base import Stage
 
 SERVER = "server"
-NO_SPACE = (27, 28, 30, 122)  # EFBIG, ENOSPC, EROFS, EDQUOT
+NO_SPACE = {errno.EFBIG, errno.ENOSPC, errno.EROFS, errno.EDQUOT}
 
 
 def end_with_parent() -> None:
@@ -57,11 +58,10 @@ def main(folder: str, what: str, stages: dict[str, Stage] | None = None) -> int:
     except DiskError as error:
         say({"error": str(error), "kind": "disk"})
     except SurefootError as error:
-        disk = isinstance(error.__cause__, OSError) and error.__cause__.errno in NO_SPACE
-        say({"error": str(error), "kind": "disk" if disk else "input"})
+        say({"error": str(error), "kind": "disk" if no_space(error) else "input"})
     except OSError as error:
         traceback.print_exc()
-        if error.errno in NO_SPACE:
+        if no_space(error):
             say({"error": str(cannot_write(run.path / what, error)), "kind": "disk"})
         else:
             say({"error": brief(error), "kind": "bug"})
@@ -87,6 +87,15 @@ def perform(work: Work, what: str, say: Any, stages: dict[str, Stage] | None) ->
         work.folder.write(what, record)
     say({"done": True})
     return None
+
+
+def no_space(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, is a disk that takes nothing more."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return True
+        error = error.__cause__
+    return False
 
 
 def brief(error: BaseException) -> str:

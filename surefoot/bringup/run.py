@@ -20,7 +20,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from surefoot.bringup.folder import DONE, FAILED, INTERRUPTED, RUNNING, DiskError, RunFolder, cannot_write, now
+from surefoot.bringup.folder import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    MANIFEST,
+    RUNNING,
+    DiskError,
+    RunFolder,
+    cannot_write,
+    now,
+)
 from surefoot.bringup.settings import BringupSettings
 from surefoot.bringup.stages.base import BAD, Stage
 
@@ -77,10 +87,13 @@ class Run:
     def go(self) -> bool:
         """Run what is not finished; True if every stage is done and none found anything bad."""
         good = True
-        with self.folder.locked():
-            for number, stage in enumerate(self.stages, 1):
-                self.watcher.begin(stage.name, number, len(self.stages))
-                good &= self.finished(stage) or self.perform(stage)
+        try:
+            with self.folder.locked():
+                for number, stage in enumerate(self.stages, 1):
+                    self.watcher.begin(stage.name, number, len(self.stages))
+                    good &= self.finished(stage) or self.perform(stage)
+        except OSError as error:
+            raise cannot_write(self.folder.path / MANIFEST, error) from error
         return good
 
     # ---- one stage
