@@ -59,7 +59,7 @@ class _Tool(_Side):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.transport.pause_reading()
-        asyncio.get_running_loop().create_task(self.proxy.connect(self, self.conversation))
+        self.connecting = asyncio.get_running_loop().create_task(self.proxy.connect(self, self.conversation))
 
 
 class Proxy:
