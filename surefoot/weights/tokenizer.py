@@ -68,10 +68,8 @@ class Tokenizer:
             for name in ("config.json", "generation_config.json")
         ]
         with _quiet():
-            from transformers import AutoTokenizer
-
             try:
-                hf_tokenizer = AutoTokenizer.from_pretrained(
+                hf_tokenizer = _tokenizer_class(folder).from_pretrained(
                     str(folder),
                     local_files_only=True,
                     use_fast=True,
@@ -176,6 +174,19 @@ class Tokenizer:
     def _is_byte_token(self, token_id: int) -> bool:
         piece = self._piece(token_id) if self._byte_fallback else None
         return piece is not None and BYTE_TOKEN.fullmatch(piece) is not None
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """AutoTokenizer, or what it comes to for most folders: finding that out takes it longer than loading."""
+    path = folder / "tokenizer_config.json"
+    named = read_json_object(path).get("tokenizer_class") if path.is_file() else None
+    if named == "PreTrainedTokenizerFast" and (folder / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _eos_token_ids(hf_tokenizer: Any, config: dict[str, Any], generation_config: dict[str, Any]) -> frozenset[int]:
