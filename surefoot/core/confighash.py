@@ -18,7 +18,7 @@ from typing import Any
 
 FACTS = (
     "backend", "architecture", "num_parameters", "weights_digest", "device", "device_name", "dtype", "quant",
-    "attention",
+    "attention", "graph",
 )  # fmt: skip
 # A server that we started ourselves.
 MANAGED = ("backend", "model", "weights_digest", "config_sha256", "device", "flags", "effective", "versions")
