@@ -5,10 +5,12 @@ bin=${1:-.venv/bin}
 
 echo "1. One command: does it run, is it right, how fast, against what limit? About two minutes."
 echo
-echo "$ surefoot bringup canary-llama --quick"
-"$bin/surefoot" bringup canary-llama --quick
-
 # One thread: for models this small, waking a second one costs more than it brings.
+echo "$ surefoot bringup canary-llama --quick --threads 1"
+found=0
+"$bin/surefoot" bringup canary-llama --quick --threads 1 || found=$?
+[ "$found" -le 1 ] || exit "$found"  # 1: it ran, and says in its report what is wrong
+
 ask() {
   echo
   echo "$ surefoot run $1 \"$2\" --threads 1"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +16,7 @@ from surefoot.core.errors import InputError
 if TYPE_CHECKING:
     from surefoot.bringup.folder import RunFolder
 
+QUIET_S = 10.0  # between two lines of progress where there is no terminal
 TARGET = {name: ENGINE[name] for name in ("device", "dtype", "ops", "random_weights", "num_threads")}
 Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As for `surefoot run`.", show_default=False)]
 Resume = Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with this run folder instead.")]
@@ -147,7 +150,7 @@ class _Screen:
     def __init__(self) -> None:
         from surefoot.cli.progress import Progress
 
-        self._bar, self._head = Progress(patience_s=1.0), ""
+        self._bar, self._head, self._told = Progress(patience_s=1.0), "", time.monotonic()
 
     def plain(self, what: str, fraction: float | None = None) -> None:
         self._bar(what, fraction)
@@ -156,12 +159,11 @@ class _Screen:
         self._head = f"[{number}/{total}] {stage}"
 
     def progress(self, what: str, fraction: float | None, left: float) -> None:
-        import sys
-
         if sys.stderr.isatty():
             self._bar(f"{self._head}: {what[:48]}, about {_span(left)} left", fraction)
-        else:
-            self._bar(f"{self._head}, about {_span(left)} left", fraction)
+        elif time.monotonic() > self._told + QUIET_S:
+            self._told = time.monotonic()
+            self._bar(f"{self._head}: {what[:60]}, about {_span(left)} left", fraction)
 
     def end(self, stage: str, state: str, level: str, text: str, seconds: float, reused: bool) -> None:
         self._bar.pause()
