@@ -251,7 +251,7 @@ def _norm(name: str, reference: Any, target: Any) -> list[Evidence]:
     out = []
     for module in (reference, target):
         w = module.weight
-        out.append(module(torch.ones(1, w.numel(), dtype=w.dtype, device=w.device)).double().cpu().flatten())
+        out.append(module(torch.ones(1, w.numel(), dtype=w.dtype, device=w.device)).cpu().double().flatten())
     scale = out[0].abs().max().clamp(min=1e-30)
     off = float((out[0] - out[1]).abs().max() / scale)
     allowed = 2 * torch.finfo(weight.dtype).eps

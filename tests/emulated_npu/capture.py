@@ -125,7 +125,9 @@ class Recorder(TorchDispatchMode):
         # NOTE: the schema does not say it: `to` or `reshape` may return a view, which is nothing at replay, or a copy.
         inputs = {self._base(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)}
         fresh = any(self._base(t) not in inputs for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor))
-        rerun = func._schema.is_mutable or (fresh and packet not in UNINITIALISED)
+        # NOTE: torch_npu's `.out` overloads do not mark the list that they write into.
+        writes = func._schema.is_mutable or func._overloadname == "out"
+        rerun = writes or (fresh and packet not in UNINITIALISED)
         return self._add(str(func), func, args, kwargs, result, rerun=rerun)
 
     def _on_op(self, spec: OpSpec, args: tuple, kwargs: dict, run: Callable[[], Any]) -> Any:

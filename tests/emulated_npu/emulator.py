@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 
 from emulated_npu.attention import KERNELS
-from emulated_npu.tensor import NpuTensor, compute
+from emulated_npu.tensor import NpuTensor, bare, compute
 from emulated_npu.wheel import Contract
 from surefoot.analyze.registry import Registry, Status
 from surefoot.analyze.trace import Tracer
@@ -77,12 +76,13 @@ class Emulator(Tracer):
         meta = self.contract.meta.get(name)
         expected = None
         if meta is not None:
-            expected = meta(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs))
-        out = KERNELS[name](*tree_map(_numbers, args), **tree_map(_numbers, kwargs))
+            expected = meta(*_on_meta(args), **{key: _on_meta(value) for key, value in kwargs.items()})
+        out = KERNELS[name](*bare(args), **{key: bare(value) for key, value in kwargs.items()})
         if meta is not None:
             _compare(name, expected, out)
         same = {id(t.numbers): t for t in _tensors((args, kwargs)) if isinstance(t, NpuTensor)}
-        return tree_map(lambda x: same.get(id(x), NpuTensor(x)) if isinstance(x, torch.Tensor) else x, out)
+        wrapped = [same[id(x)] if id(x) in same else NpuTensor(x) for x in _tensors(out)]
+        return tuple(wrapped) if isinstance(out, (list, tuple)) else wrapped[0]
 
 
 def _compare(name: str, expected: Any, out: Any) -> None:
@@ -93,14 +93,18 @@ def _compare(name: str, expected: Any, out: Any) -> None:
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return []
+    return [tensor for item in tree for tensor in _tensors(item)]
 
 
 def _on_meta(x: Any) -> Any:
+    if isinstance(x, (list, tuple)):
+        return [_on_meta(item) for item in x]
     if not isinstance(x, torch.Tensor):
         return x
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-
-def _numbers(x: Any) -> Any:
-    return x.numbers if isinstance(x, NpuTensor) else x

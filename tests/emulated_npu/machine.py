@@ -12,6 +12,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from emulated_npu import graphs
 from emulated_npu.emulator import Emulator
+from emulated_npu.tensor import NpuTensor
 from emulated_npu.wheel import contract, modules
 from surefoot.analyze.registry import Registry, load
 
@@ -46,6 +47,22 @@ def _register() -> None:
     _setup_privateuseone_for_python_backend("npu", _Module())
 
 
+def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None) -> NpuTensor:
+    return NpuTensor(torch.empty(size, dtype=dtype))
+
+
+def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None) -> NpuTensor:
+    return NpuTensor(torch.empty_strided(size, stride, dtype=dtype))
+
+
+def _factories() -> torch.library.Library:
+    """Memory of the device for threads that do not see the emulator, such as those that load weights."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("empty.memory_format", _empty, "PrivateUse1")
+    library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    return library
+
+
 @contextlib.contextmanager
 def machine(release: str = "2.13.0", registry: Registry | None = None) -> Iterator[Emulator]:
     """A machine with one Ascend 910B3 and this release of torch_npu."""
@@ -55,6 +72,7 @@ def machine(release: str = "2.13.0", registry: Registry | None = None) -> Iterat
     for schema in held.schemas.values():
         with contextlib.suppress(RuntimeError):  # a type that this PyTorch does not have
             library.define(schema)
+    factories = _factories()
     fake = FakeNpu()
     fake.npu.mem_get_info = lambda i: (FREE, TOTAL)
     fake.npu.memory_allocated = fake.npu.memory_reserved = lambda i: 0
@@ -68,3 +86,4 @@ def machine(release: str = "2.13.0", registry: Registry | None = None) -> Iterat
             yield emulator
     finally:
         library._destroy()
+        factories._destroy()

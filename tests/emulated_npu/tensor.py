@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 
 class NpuTensor(torch.Tensor):
@@ -43,17 +42,25 @@ def compute(func: Any, args: tuple, kwargs: dict) -> Any:
         kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"} | {"device": torch.device("cpu")}
     inputs: list[NpuTensor] = []
 
-    def unwrap(x: Any) -> Any:
-        if isinstance(x, NpuTensor):
-            inputs.append(x)
-            return x.numbers
-        return x
-
     def wrap(x: Any) -> Any:
+        if isinstance(x, (list, tuple)):
+            return type(x)(*map(wrap, x)) if hasattr(x, "_fields") else type(x)(map(wrap, x))
         if not isinstance(x, torch.Tensor) or isinstance(x, NpuTensor) or to_host:
             return x
         # An operator that writes in place returns its argument: the same tensor, not a new one.
         same = [i for i in inputs if i.numbers is x]
         return same[0] if same else NpuTensor(x)
 
-    return tree_map(wrap, func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs)))
+    return wrap(func(*bare(args, inputs), **{key: bare(value, inputs) for key, value in kwargs.items()}))
+
+
+def bare(x: Any, seen: list[NpuTensor] | None = None) -> Any:
+    """The numbers in place of NpuTensors, also in lists; `seen` collects those that were there."""
+    # NOTE: by hand and not by tree_map, which would take most of the time of an emulated step.
+    if isinstance(x, NpuTensor):
+        if seen is not None:
+            seen.append(x)
+        return x.numbers
+    if isinstance(x, (list, tuple)):
+        return [bare(item, seen) for item in x]
+    return x
