@@ -16,7 +16,9 @@ from surefoot.core.config import EngineConfig
 from surefoot.core.errors import InputError
 
 LANGUAGES = ("en", "zh", "both")
-ENGINE_FIELDS = ("device", "dtype", "ops", "random_weights", "num_threads")
+ENGINE_FIELDS = (
+    "device", "dtype", "ops", "quant", "quant_group_size", "quant_lm_head", "graph", "random_weights", "num_threads"
+)  # fmt: skip
 LISTS = ("batch", "prompt_lens", "output_lens", "concurrency")
 
 
@@ -32,6 +34,10 @@ class BringupSettings:
     device: str = "cpu"
     dtype: str = "auto"
     ops: str = "auto"
+    quant: str | None = None
+    quant_group_size: int | None = None
+    quant_lm_head: bool = False
+    graph: str = "auto"
     random_weights: int | None = None
     num_threads: int | None = None
     lang: str = "both"
@@ -68,10 +74,13 @@ class BringupSettings:
 
     def flags(self) -> list[str]:
         """The engine's part of a command line that repeats one stage."""
-        given = [("--device", self.device), ("--dtype", self.dtype), ("--ops", self.ops)]
-        words = [word for flag, value in given if value not in ("auto", None) for word in (flag, str(value))]
-        for flag, number in (("--random-weights", self.random_weights), ("--threads", self.num_threads)):
-            words += [] if number is None else [flag, str(number)]
+        words: list[str] = []
+        for name in ENGINE_FIELDS:
+            value, flag = getattr(self, name), "--" + name.replace("num_", "").replace("_", "-")
+            if value is True:
+                words.append(flag)
+            elif value is not False and value not in ("auto", None):
+                words += [flag, str(value)]
         return words
 
     @property

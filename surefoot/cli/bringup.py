@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from surefoot.bringup.folder import RunFolder
 
 QUIET_S = 10.0  # between two lines of progress where there is no terminal
-TARGET = {name: ENGINE[name] for name in ("device", "dtype", "ops", "random_weights", "num_threads")}
+TARGET = {
+    name: ENGINE[name]
+    for name in ("device", "dtype", "ops", "quant", "quant_group_size", "quant_lm_head", "graph", "random_weights")
+} | {"num_threads": ENGINE["num_threads"]}
 Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As for `surefoot run`.", show_default=False)]
 Resume = Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with this run folder instead.")]
 Runs = Annotated[Path, typer.Option(metavar="DIR", help="Where run folders are made.")]

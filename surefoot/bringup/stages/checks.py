@@ -81,7 +81,8 @@ def run_answers(work: Work) -> Record:
     info = engine.info.as_dict()
     del engine
     dtypes = tuple(dict.fromkeys((info["dtype"], "float32")))
-    config = settings.engine(random_weights=None)
+    # The canaries check the device and its kernels; quantised they would not answer word for word.
+    config = settings.engine(random_weights=None, quant=None, quant_group_size=None, quant_lm_head=False)
 
     def progress(what: str, fraction: float | None) -> None:
         work.progress(what, 0.3 + 0.7 * (fraction or 0.0))

@@ -12,6 +12,7 @@ import statistics
 from typing import Any
 
 from surefoot.bringup.folder import write_json
+from surefoot.bringup.settings import BringupSettings
 from surefoot.bringup.stages.base import BAD, GOOD, WARN, Record, Work, plain
 
 IN_CACHE = 64 << 20  # weights that a CPU may keep in its caches: the bandwidth of its memory is then no limit
@@ -20,21 +21,21 @@ IN_CACHE = 64 << 20  # weights that a CPU may keep in its caches: the bandwidth 
 def run_estimate(work: Work) -> Record:
     from surefoot.analyze.calibrate import load
     from surefoot.analyze.estimate import Question, calibrated_target, estimate
-    from surefoot.bringup.stages.measure import dtype_of
+    from surefoot.bringup.stages.measure import dtype_of, variant_of
     from surefoot.weights.hub import resolve
     from surefoot.weights.jsonfile import read_json_object
 
-    s, dtype = work.settings, dtype_of(work)
+    s, variant = work.settings, variant_of(work)
     calibration = load(work.path / "calibration.json")
     config = read_json_object(resolve(s.model, config_only=True) / "config.json")
     work.progress("estimating", 0.0)
-    question = Question((dtype,), batches=s.batch, lengths=s.prompt_lens)
+    question = Question((variant,), batches=s.batch, lengths=s.prompt_lens)
     record = estimate(s.model, config, calibrated_target(calibration), question)
     bench = work.record("bench")
     if bench is None:
         return record | {"points": [], "ops": [], "roofline": None}
     work.progress("predicted against measured", 0.3)
-    compared = _Comparison(config, dtype, calibration, bench)
+    compared = _Comparison(config, dtype_of(work), variant, calibration, bench, s)
     record |= {"points": compared.points(), "memory_check": compared.memory()}
     record["summary"] = [_summary(record["points"], phase) for phase in ("prefill", "decode")]
     record["roofline"] = compared.roofline()
@@ -46,14 +47,15 @@ def run_estimate(work: Work) -> Record:
 class _Comparison:
     """Bench points against what a calibration predicts for the same steps."""
 
-    def __init__(self, config: dict[str, Any], dtype: str, calibration: Any, bench: Record):
+    def __init__(self, config: Record, dtype: str, variant: str, calibration: Any, bench: Record, s: BringupSettings):
         import torch
 
         from surefoot.analyze.estimate import sketch
+        from surefoot.quant.schemes import scheme
 
         self.dtype = getattr(torch, dtype)
-        self.paper = sketch(config, self.dtype)
-        self.calibration, self.rates = calibration, calibration.rates(dtype)
+        self.paper = sketch(config, self.dtype, scheme(s.quant) if s.quant else None, s.quant_lm_head)
+        self.calibration, self.rates = calibration, calibration.rates(variant)
         self.bench, self.info = bench, bench["config"]
 
     def _costs(self, point: Record) -> tuple[list[Any], Any]:
@@ -221,7 +223,7 @@ def own_claims(work: Work) -> Record:
     config = read_json_object(resolve(work.settings.model, config_only=True) / "config.json")
     bench = bench or {"points": [], "config": {}, "memory": {}}
     info = bench["config"]
-    dtype = info.get("dtype", "bfloat16")
+    dtype = (info.get("quant") or {}).get("scheme") or info.get("dtype", "bfloat16")
     chip: Record = {"name": str(info.get("device_name", "this device"))}
     if calibration is not None:
         roof = (estimate or {}).get("roofline") or {}
@@ -265,7 +267,8 @@ def _range(summary: Record) -> list[float]:
 def audit_outcome(record: Record) -> tuple[str, str]:
     if record["impossible"]:
         first = record["findings"][0]["statement"]
-        return BAD, f"{record['impossible']} of this run's own numbers cannot be true: {first}"
+        again = "if the machine was disturbed while measuring, measure again"
+        return BAD, f"{record['impossible']} contradictions in this run's own numbers ({again}): {first}"
     if record["suspicious"]:
         return WARN, f"{record['suspicious']} suspicious: {record['findings'][0]['statement']}"
     return GOOD, f"nothing contradicts in {record['num_rows']} rows"

@@ -14,19 +14,29 @@ def run_calibration(work: Work) -> Record:
     from surefoot.analyze import calibrate
 
     s = work.settings
-    dtype = dtype_of(work)
     fewer = {"prompts": (16, 128), "batches": (1, 8), "contexts": (64,)} if s.quick else {}
     settings = calibrate.Settings(
-        device=s.device, variants=(dtype,), threads=s.num_threads, repeats=s.calibration_repeats, **fewer
+        device=s.device, variants=(variant_of(work),), threads=s.num_threads, repeats=s.calibration_repeats, **fewer
     )
     return calibrate.calibrate(settings, work.progress).as_dict()
 
 
-def dtype_of(work: Work) -> str:
-    """The dtype in effect, as the answers or the proof saw it, else as asked for."""
+def in_effect(work: Work) -> Record:
+    """What the engine said of itself, in the answers or the proof."""
     answers, proof = work.record("answers"), work.record("proof")
-    said = (answers or {}).get("info", {}).get("dtype") or (proof or {}).get("target", {}).get("dtype")
-    return said or (work.settings.dtype if work.settings.dtype in CALIBRATED else "bfloat16")
+    return (answers or {}).get("info") or (proof or {}).get("target") or {}
+
+
+def dtype_of(work: Work) -> str:
+    """The dtype in effect, else as asked for."""
+    asked = work.settings.dtype
+    return in_effect(work).get("dtype") or (asked if asked in CALIBRATED else "bfloat16")
+
+
+def variant_of(work: Work) -> str:
+    """What the linear layers compute in: the scheme of a quantised model, else the dtype."""
+    scheme = (in_effect(work).get("quant") or {}).get("scheme") or work.settings.quant
+    return scheme or dtype_of(work)
 
 
 def calibration_outcome(record: Record) -> tuple[str, str]:
@@ -89,7 +99,7 @@ def bench_outcome(record: Record) -> tuple[str, str]:
         f"up to {most['decode']['tokens_per_s']:,.0f} tok/s at batch {most['batch']}"
     )
     warned = sum(len(p["warnings"]) for p in record["points"]) + len(record["host"]["warnings"])
-    return (WARN, f"{text}; {warned} warnings") if warned else (GOOD, text)
+    return (WARN, f"{text}; warnings: {warned}") if warned else (GOOD, text)
 
 
 def run_load(work: Work) -> None:

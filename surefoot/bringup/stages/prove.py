@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from surefoot.bringup.folder import write_json
+from surefoot.bringup.settings import ENGINE_FIELDS
 from surefoot.bringup.stages.base import BAD, GOOD, WARN, Record, Work
 
 BINS = (0, 8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048)
@@ -23,15 +24,8 @@ def run_proof(work: Work) -> None:
     s = work.settings
     if s.num_threads is not None:
         torch.set_num_threads(s.num_threads)
-    settings = VerifySettings(
-        s.model,
-        device=s.device,
-        dtype=s.dtype,
-        ops=s.ops,
-        random_weights=s.random_weights,
-        num_threads=s.num_threads,
-        measure_sensitivity=s.sensitivity,
-    )
+    target = {name: getattr(s, name) for name in ENGINE_FIELDS}
+    settings = VerifySettings(s.model, measure_sensitivity=s.sensitivity, **target)
     partial = work.path / "proof.partial.json"
     proof = run.prove(settings, work.progress, partial)
     write_json(work.path / "precision.json", precision(proof.data))
