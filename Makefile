@@ -33,6 +33,7 @@ test: lint
 
 test-npu: npu-wheels
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_npu_ops.py tests/test_npu_engine.py tests/test_npu_trace.py
+	@cd tests && $(abspath $(BIN))/python -m emulated_npu.report
 
 # The wheels are read, never imported or installed, so those of one Python and machine serve for all.
 NPU_WHEELS := build/torch-npu

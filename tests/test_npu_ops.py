@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from emulated_npu import wheel
+from emulated_npu import report, wheel
 from emulated_npu.emulator import KERNELS, Emulator, NpuError
 from emulated_npu.kernels import RefusedByCann
 from emulated_npu.machine import machine
@@ -16,7 +16,7 @@ from emulated_npu.tensor import NpuTensor
 
 from surefoot import ops
 from surefoot.analyze import npu_meta
-from surefoot.analyze.registry import load
+from surefoot.analyze.registry import Status, load
 from surefoot.ops.attention import paged_sample
 from surefoot.ops.samples import BF16, F16, F32
 from surefoot.ops.spec import REGISTRY, OpSpec, Sample
@@ -236,3 +236,16 @@ def test_a_planted_mistake_in_the_attention_call_is_caught(monkeypatch, change, 
 def test_every_operator_that_the_emulator_answers_exists_in_the_wheel():
     schemas = wheel.contract(wheel.RELEASES[0]).schemas
     assert set(KERNELS) <= set(schemas)
+
+
+def test_every_npu_operator_in_the_sources_has_a_kernel_in_both_releases():
+    rows = report.rows()
+    assert len(rows) >= 12
+    for row in rows:
+        assert row.status is Status.FUSED and row.emulated and row.same, row
+    without_meta = {row.operator.removeprefix("npu::") for row in rows if not row.meta}
+    assert without_meta == {
+        "_npu_fused_infer_attention_score_get_max_workspace",
+        "npu_convert_weight_to_int4pack",
+        "npu_fused_infer_attention_score.out",
+    }
