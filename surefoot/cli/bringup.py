@@ -21,7 +21,7 @@ TARGET = {
     name: ENGINE[name]
     for name in ("device", "dtype", "ops", "quant", "quant_group_size", "quant_lm_head", "graph", "random_weights")
 } | {"num_threads": ENGINE["num_threads"]}
-Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As for `surefoot run`.", show_default=False)]
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="As for `surefoot run`.", show_default=False)]
 Resume = Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with this run folder instead.")]
 Runs = Annotated[Path, typer.Option(metavar="DIR", help="Where run folders are made.")]
 Lang = Annotated[str | None, typer.Option(metavar="LANG", help="Language of the report: en, zh or both [both].")]
