@@ -16,6 +16,7 @@ from torch import nn
 
 from surefoot import ops
 from surefoot.core.errors import ModelError
+from surefoot.device import hugepages
 from surefoot.layers.linear import Linear
 from surefoot.quant.compressed_tensors import Layout, QuantisedFolder
 from surefoot.quant.packing import unpack_int8
@@ -165,10 +166,10 @@ class QuantiseOnLoad:
 def _room(outer: int, inner: int, scheme: Scheme, scale_dtype: torch.dtype, device) -> dict[str, torch.Tensor]:
     """Empty tensors of a finalised `QuantLinear`."""
     if scheme.bits == 8:
-        weight = torch.empty(outer, inner, dtype=torch.int8, device=device)
+        weight = hugepages.empty((outer, inner), torch.int8, device)
         return {"weight": weight, "weight_scale": torch.empty(outer, device=device)}
     groups = inner // (scheme.group_size or inner)
     return {
-        "weight_packed": torch.empty(outer, inner // 8, dtype=torch.int32, device=device),
+        "weight_packed": hugepages.empty((outer, inner // 8), torch.int32, device),
         "weight_scale": torch.empty(outer, groups, dtype=scale_dtype, device=device),
     }

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from surefoot.core.errors import ModelError
+from surefoot.device import hugepages
 from surefoot.weights.assign import (
     CONVERT_BYTES,
     Converter,
@@ -87,7 +88,7 @@ def load_weights(
         if name is None:
             continue
         held = held_dtype(model, name, slots[name], dtype, info.dtype)
-        tensor = torch.empty(info.shape, dtype=held, device=device)
+        tensor = hugepages.empty(info.shape, held, device)
         _read(checkpoint, source, tensor, buffer)
         place(model, name, tensor)
         count(source, tensor.nbytes)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surefoot.device import hugepages
 from surefoot.weights.assign import (
     CONVERT_BYTES,
     Converter,
@@ -64,7 +65,7 @@ def random_weights(
         buffer = buffers.get()
         try:
             where = "cpu" if convert else device
-            tensor = torch.empty(slots[name].shape, dtype=held_dtype(model, name, slots[name], dtype), device=where)
+            tensor = hugepages.empty(slots[name].shape, held_dtype(model, name, slots[name], dtype), where)
             draw(model, own[name], tensor, seed, buffer)
         finally:
             buffers.put(buffer)
