@@ -87,7 +87,7 @@ def peers_of(group: str, case: str, files: Path, args: argparse.Namespace) -> Sp
         gguf = {"peer": "llama.cpp", **common}
         specs.append((f"llama.cpp {ftype}", "", {"gguf": str(files / f"{ftype}.gguf"), **gguf}))
         if (group, case) == ("int8", "prefill-512"):
-            specs += [("llama.cpp best", f, {"gguf": str(files / f"{f}.gguf"), **gguf}) for f in BEST_FORMATS]
+            specs += [("llama.cpp best", f, {"gguf": str(files / f"{f}.gguf"), **gguf}) for f in args.best]
     hf = {"peer": "transformers", "model": str(files / "full"), **common}
     specs += [("transformers", dtype, {**hf, "dtype": dtype}) for dtype in args.dtypes]
     if (xml := files / f"openvino-{group}").exists():

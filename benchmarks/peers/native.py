@@ -10,6 +10,7 @@ import torch
 from peers.worker import PROMPT, STEPS, prompt
 from surefoot.core.config import EngineConfig
 from surefoot.core.sampling import SamplingParams
+from surefoot.device import hugepages
 from surefoot.engine.engine import Engine
 from surefoot.layers.linear import Linear
 from surefoot.layers.quant_linear import QuantLinear
@@ -63,7 +64,7 @@ class Native:
         if kernels is None:
             raise SystemExit("the C++ kernels are not built: reinstall surefoot with a C++17 compiler")
         if self.buffer is None:
-            self.buffer = torch.ones(READ_BYTES, dtype=torch.uint8)
+            self.buffer = hugepages.empty((READ_BYTES,), torch.uint8).fill_(1)
         rates = []
         for _ in range(5):
             started = time.perf_counter()
