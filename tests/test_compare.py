@@ -111,21 +111,24 @@ def test_right_code_runs(code):
 
 
 WRONG = {
-    "a constant": "def fib(n):\n    return 55",
-    "another function": "def fib(n):\n    return n * n",
-    "no function": "print(55)",
-    "syntax": "def fib(n: return",
-    "leaves before it is judged": "import os, sys\nsys.stdout.write('passed')\nos._exit(0)",
-    "memory": "x = 'a' * (3 << 30)\ndef fib(n):\n    return [0, 1, 1, 2, 3, 5, 8, 13, 21, 34][:n]",
-    "network": "import socket\nsocket.create_connection(('127.0.0.1', 9))",
-    "a process": "import subprocess\nsubprocess.run(['true'])",
-    "a file": "open('left', 'w').write('x')",
+    "a constant": ("def fib(n):\n    return 55", "AssertionError"),
+    "another function": ("def fib(n):\n    return n * n", "AssertionError"),
+    "no function": ("print(55)", "no function was defined"),
+    "syntax": ("def fib(n: return", "SyntaxError"),
+    "leaves before it is judged": ("import os\nos._exit(0)", "before it was judged"),
+    "memory": ("x = 'a' * (3 << 30)", "MemoryError"),
+    "network": ("import socket\nsocket.create_connection(('127.0.0.1', 9))", "PermissionError"),
+    "a process": ("import subprocess\nsubprocess.run(['true'])", "PermissionError"),
+    "a signal": ("import os\nos.kill(os.getppid(), 0)", "PermissionError"),
+    "a file": ("open('left', 'w').write('x')", "PermissionError"),
 }
 
 
-@pytest.mark.parametrize("code", WRONG.values(), ids=WRONG)
-def test_wrong_and_forbidden_code_does_not_pass(code):
-    assert passed({"code": "fibonacci"}, f"```python\n{code}\n```") is False
+@pytest.mark.parametrize(("code", "why"), WRONG.values(), ids=WRONG)
+def test_wrong_and_forbidden_code_does_not_pass(code, why):
+    (result,) = checks.check(Prompt("x", "question", "?", ({"code": "fibonacci"},)), f"```python\n{code}\n```")
+    assert result["passed"] is False
+    assert why in result["why"]
 
 
 def test_endless_code_ends(monkeypatch):
