@@ -133,7 +133,7 @@ class _Mode:
         engine, limit = self.engine, self.engine.max_model_len - 2
         tokens, batches = engine.info.token_buckets, engine.info.batch_buckets
         for total in tokens:
-            self.tell(f"warm-up, prefill of {total}", 0.0)
+            self.tell("warm-up", 0.0)
             if total <= engine.config.max_num_batched_tokens:
                 parts = [limit] * (total // limit) + ([total % limit] if total % limit else [])
                 self._generate(parts[: engine.config.max_num_seqs], 1)
