@@ -14,7 +14,7 @@ def run_calibration(work: Work) -> Record:
     from surefoot.analyze import calibrate
 
     s = work.settings
-    fewer = {"prompts": (16, 128), "batches": (1, 8), "contexts": (64,)} if s.quick else {}
+    fewer: dict[str, Any] = {"prompts": (16, 128), "batches": (1, 8), "contexts": (64,)} if s.quick else {}
     settings = calibrate.Settings(
         device=s.device, variants=(variant_of(work),), threads=s.num_threads, repeats=s.calibration_repeats, **fewer
     )
