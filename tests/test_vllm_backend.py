@@ -190,6 +190,12 @@ def test_dies_at_its_start(fake):
     assert all_gone(fake.folder)
 
 
+def test_the_reason_behind_a_validation_error_is_quoted(fake):
+    line = "pydantic_core.ValidationError: 1 validation error for ModelConfig\n  Value error, no such architecture"
+    with pytest.raises(ServerError, match="for ModelConfig Value error, no such architecture; its log"):
+        open_vllm("canary-llama", EngineConfig(), fake(dies_with=line)).__enter__()
+
+
 def test_dies_midway(fake):
     with pytest.raises(ServerError, match="ended with code 3 while it was in use: torch.OutOfMemoryError: NPU out"):  # noqa: SIM117
         with open_vllm("canary-llama", EngineConfig(), fake(dies_when_asked=True)) as served:
@@ -300,7 +306,9 @@ def test_a_real_vllm_is_proven_measured_and_served(tmp_path):
     """Run it with a `vllm` for this machine's CPU on the path; see docs/vllm.md."""
     if shutil.which("vllm") is None:
         pytest.skip("no `vllm` on the path")
-    common = ["canary-llama", "--backend", "vllm", "--dtype", "bfloat16", "--gpu-memory-utilization", "0.08"]
+    vllm = VllmSettings(gpu_memory_utilization=0.08, vllm_args="--enforce-eager")
+    common = ["canary-llama", "--backend", "vllm", "--dtype", "bfloat16", "--vllm-args=--enforce-eager"]
+    common += ["--gpu-memory-utilization", "0.08"]
     proof, record = tmp_path / "proof.json", tmp_path / "bench.json"
     assert run_cli(["verify", *common, "-o", str(proof)]) == 0
     few = ["--concurrency", "4", "--requests", "8", "--prompt-len", "16", "--output-len", "8"]
@@ -308,6 +316,6 @@ def test_a_real_vllm_is_proven_measured_and_served(tmp_path):
     data = json.loads(record.read_text())
     assert data["proof"]["status"] == "PROVEN"
     assert data["points"][0]["completed"] == 8
-    with open_vllm("canary-llama", EngineConfig(), VllmSettings(gpu_memory_utilization=0.08)) as served:
+    with open_vllm("canary-llama", EngineConfig(), vllm) as served:
         answer = served.backend().chat([{"role": "user", "content": "What is the capital of France?"}], 16)
     assert answer.text == "The capital of France is Paris."

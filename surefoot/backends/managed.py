@@ -162,8 +162,11 @@ class ManagedServer:
     def _said(self) -> str:
         """The line of the log that tells most: the last one that names an error, else the last one."""
         lines = self._lines()
-        telling = next((line for line in reversed(lines) if TELLING.search(line)), None)
-        line = telling or next((line for line in reversed(lines) if line.strip()), "it wrote nothing")
+        at = next((i for i in reversed(range(len(lines))) if TELLING.search(lines[i])), None)
+        if at is None:
+            line = next((line for line in reversed(lines) if line.strip()), "it wrote nothing")
+        else:  # pydantic says on the next line what is wrong
+            line = " ".join(lines[at : at + 2]) if "validation error" in lines[at] else lines[at]
         return " ".join(line.split())[:300]
 
     def _lines(self) -> list[str]:
