@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from surefoot.verify.localise import Suspect
+from surefoot.verify.quantised import QuantisedLinear
 from surefoot.verify.replay import MIXERS, Replay
 
 Variant = tuple[str, torch.Tensor]  # what exactly was tried, and the output [T, ...] that it gives
@@ -163,7 +164,8 @@ NORM = [
 
 
 def _linear(case: Case, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return case.like(F.linear(case.x, weight.float(), bias if bias is None else bias.float()))
+    x = case.module.seen(case.x) if isinstance(case.module, QuantisedLinear) else case.x
+    return case.like(F.linear(x, weight.float(), bias if bias is None else bias.float()))
 
 
 def _bias(case: Case) -> torch.Tensor | None:

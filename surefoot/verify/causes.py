@@ -15,11 +15,20 @@ from torch import nn
 
 from surefoot.backends.base import Backend
 from surefoot.backends.native import NativeBackend
-from surefoot.verify import cacheprobe, candidates, candidates_attention, candidates_delta, candidates_rope
+from surefoot.layers.quant_linear import QuantLinear
+from surefoot.verify import (
+    cacheprobe,
+    candidates,
+    candidates_attention,
+    candidates_delta,
+    candidates_quant,
+    candidates_rope,
+)
 from surefoot.verify.candidates import Candidate, Case
 from surefoot.verify.exact_causes import exact_cause
 from surefoot.verify.localise import Search, distance, judge, search
 from surefoot.verify.pathcapture import captures, plain
+from surefoot.verify.quantised import QuantisedLinear, dequantised
 from surefoot.verify.replay import LAYER, perturbed, roundings, row_norm, unit_roundoff
 from surefoot.verify.shapes import Cause, Finding, Localisation, VerifySettings
 
@@ -35,7 +44,7 @@ def kind(path: str, module: nn.Module) -> str:
     if last in ("self_attn", "linear_attn", "mlp", "rotary_emb"):
         return last
     if isinstance(module, nn.Linear):
-        return "linear"
+        return "quantised" if isinstance(module, QuantisedLinear) else "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
     return "norm" if last.endswith("norm") else "other"
@@ -44,6 +53,7 @@ def kind(path: str, module: nn.Module) -> str:
 CANDIDATES: dict[str, list[Candidate]] = {
     "norm": candidates.NORM,
     "linear": candidates.LINEAR,
+    "quantised": candidates_quant.QUANTISED,
     "embedding": candidates.EMBEDDING,
     "mlp": candidates.MLP,
     "residual": candidates.RESIDUAL,
@@ -115,7 +125,9 @@ def parameters(target: Backend) -> Mapping[str, torch.Tensor]:
     """The target's own parameters by HF name, where it shows them."""
     model = target.engine.model if isinstance(target, NativeBackend) else getattr(target, "model", None)
     named = model.named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else ()
-    return {plain(name): parameter for name, parameter in named if not parameter.is_meta}
+    found = {plain(name): parameter for name, parameter in named if not parameter.is_meta}
+    layers = model.named_modules() if isinstance(model, nn.Module) else ()
+    return found | {f"{plain(n)}.weight": dequantised(m) for n, m in layers if isinstance(m, QuantLinear)}
 
 
 def apart(case: Case, output: torch.Tensor) -> float:

@@ -27,6 +27,7 @@ from surefoot.verify import specimens
 from surefoot.verify.faults import Fault, catalogue
 from surefoot.verify.run import verify
 from surefoot.verify.shapes import VerifySettings
+from surefoot.verify.sides import QuantisedReference
 from surefoot.verify.specimens import Specimen
 
 Progress = Callable[[str, "float | None"], None]
@@ -38,6 +39,8 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"prefill_chunk_size": 64, "max_num_seqs": 2},
     {"ops": "reference"},
 )
+SCHEMES: tuple[dict[str, Any], ...] = ({"quant": "w8a16"}, {"quant": "w8a8"}, {"quant": "w4a16"})
+QUANTISED = 4  # the first so many models are run sound in every scheme, in fp32 and bf16
 FAULTED = 5  # the first so many models take faults; all of them are run sound
 
 
@@ -50,6 +53,10 @@ class Case:
     fault: Fault | None = None
     seed: int = 0
     engine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def quant(self) -> str | None:
+        return self.fault.quant if self.fault else self.engine.get("quant")
 
     @property
     def name(self) -> str:
@@ -164,7 +171,8 @@ def sound_cases(models: Sequence[Specimen], ways: Sequence[dict[str, Any]] = WAY
         if specimen.kind == "overflow":
             continue
         for dtype in ("float32", "bfloat16", "float16"):
-            for way in ways:
+            schemes = SCHEMES if seed < QUANTISED and dtype != "float16" else ()
+            for way in (*ways, *schemes):
                 yield Case(specimen, dtype, None, seed, way)
 
 
@@ -187,14 +195,16 @@ def models_in(folder: Path, sample: bool) -> list[Specimen]:
 class Range:
     """References are loaded once; each target is loaded afresh, so that no case sees another's cache."""
 
-    references: dict[str, TransformersBackend] = field(default_factory=dict)
+    references: dict[tuple[str, str | None], TransformersBackend] = field(default_factory=dict)
 
-    def reference(self, specimen: Specimen) -> TransformersBackend:
-        if specimen.name not in self.references:
+    def reference(self, specimen: Specimen, quant: str | None = None) -> TransformersBackend:
+        key = specimen.name, quant
+        if key not in self.references:
+            config = EngineConfig(dtype="float32", quant=quant)
             with specimens.quiet():
-                loaded = TransformersBackend(specimen.model_ref, EngineConfig(dtype="float32"))
-            self.references[specimen.name] = loaded
-        return self.references[specimen.name]
+                kind = QuantisedReference if quant else TransformersBackend
+                self.references[key] = kind(specimen.model_ref, config)
+        return self.references[key]
 
     def shoot(self, case: Case) -> Outcome:
         """One case, from loading the target to the verdict."""
@@ -202,6 +212,7 @@ class Range:
         settings = VerifySettings(
             case.specimen.model_ref,
             dtype=case.dtype,
+            quant=case.quant,
             seed=case.seed,
             continuation_tokens=8,
             long_tokens=96,
@@ -212,7 +223,7 @@ class Range:
         target = NativeBackend(case.specimen.model_ref, config)
         planted = case.fault.apply(target, 1.0) if case.fault else contextlib.nullcontext()
         with planted, specimens.quiet():
-            data = verify(self.reference(case.specimen), target, settings).data
+            data = verify(self.reference(case.specimen, case.quant), target, settings).data
         failed = next((f for f in data["findings"] if f["status"] == "fail"), None)
         place, cause = data["localisation"] or {}, data["cause"] or {}
         return Outcome(

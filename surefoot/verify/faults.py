@@ -45,7 +45,7 @@ class Fault:
     scale makes it smaller or larger where that has a meaning.  models: families that it can be planted in ("llama",
     "qwen3.5").  path: the first path of the engine that shows it.  dtype: target dtype that it needs.
     subtle: smaller than the noise of 16 bits, and no exact check sees it.  needs(config): whether an HF config has what
-    the fault breaks.
+    the fault breaks.  quant: scheme that the target is quantised by.
     """
 
     id: str
@@ -59,13 +59,14 @@ class Fault:
     scales: bool = False
     subtle: bool = False
     needs: Callable[[Any], bool] = lambda config: True
+    quant: str | None = None
 
 
 def catalogue() -> dict[str, Fault]:
     """All faults by id."""
-    from surefoot.verify import faults_engine, faults_modules, faults_weights
+    from surefoot.verify import faults_engine, faults_modules, faults_quant, faults_weights
 
-    every = [*faults_modules.FAULTS, *faults_weights.FAULTS, *faults_engine.FAULTS]
+    every = [*faults_modules.FAULTS, *faults_weights.FAULTS, *faults_quant.FAULTS, *faults_engine.FAULTS]
     found = {fault.id: fault for fault in every}
     assert len(found) == len(every), "two faults have the same id"
     return found

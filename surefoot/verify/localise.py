@@ -17,6 +17,7 @@ import torch
 from surefoot.backends.base import Backend, Capture
 from surefoot.verify import opreplay
 from surefoot.verify.pathcapture import PathCapture, captures
+from surefoot.verify.quantised import QuantisedLinear
 from surefoot.verify.replay import LAYER, MIXERS, Replay, floored, input_of, row_norm, second_of, unit_roundoff
 from surefoot.verify.shapes import Localisation, VerifySettings
 
@@ -179,6 +180,8 @@ class Search:
 def usual_op(replay: Replay, path: str) -> str | None:
     """The one op of a module that has only one."""
     module = replay.module(path)
+    if isinstance(module, QuantisedLinear):
+        return "linear_w8" if module.scheme.bits == 8 else "linear_w4"
     if isinstance(module, torch.nn.Linear):
         return "linear"
     if isinstance(module, torch.nn.Embedding):
