@@ -17,7 +17,7 @@ from surefoot.backends.native import NativeBackend
 from surefoot.cli.main import run_cli
 from surefoot.core.config import EngineConfig
 from surefoot.core.errors import InputError
-from surefoot.verify import continuation, run
+from surefoot.verify import continuation, drill, run
 from surefoot.verify.proof import Proof
 from surefoot.verify.shapes import VerifySettings
 
@@ -327,9 +327,8 @@ def test_the_command_writes_a_proof_and_says_so(tmp_path, capsys):
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (["--quant", "w8a8"], "--quant"),
-        (["--graph"], "--graph"),
-        (["--backend", "vllm"], "--url"),
+        (["--graph", "yes"], "graph must be"),
+        (["--backend", "vllm", "--url", "http://localhost:1"], "--url"),
         (["--backend", "nonsense"], "unknown backend"),
         (["--dtype", "int8"], "unknown dtype"),
         (["-o", "/no/such/folder/p.json"], "cannot write"),
@@ -340,6 +339,18 @@ def test_what_cannot_be_done_is_one_line(argv, says, capsys):
     err = capsys.readouterr().err
     assert says in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verdict, code", [("proven", 0), ("refuted", 1)])
+def test_the_drill_is_a_flag(verdict, code, capsys, monkeypatch):
+    """Its page goes to the screen, its outcome is the exit code; the drill itself: tests/test_drill.py."""
+    canary, fault = drill.specimens.canary("canary-llama"), drill.catalogue()["norm_eps"]
+    found = ("layers", "", "model.layers.1.input_layernorm", None, "norm_eps", "", None, 0.1)
+    planted = drill.Outcome(drill.Case(canary, "float32", fault), "refuted", *found)
+    sound = drill.Outcome(drill.Case(canary, "float32"), verdict, None, "", None, None, None, "", None, 0.1)
+    monkeypatch.setattr(drill, "run", lambda progress: drill.DrillResult([planted, sound]))
+    assert run_cli(["verify", "--drill"]) == code
+    assert f"{code} of 1 sound runs" in capsys.readouterr().out
 
 
 def test_no_model_is_one_line(capsys):
