@@ -47,10 +47,12 @@ def _register() -> None:
     _setup_privateuseone_for_python_backend("npu", _Module())
 
 
+@torch.inference_mode()
 def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None) -> NpuTensor:
     return NpuTensor(torch.empty(size, dtype=dtype))
 
 
+@torch.inference_mode()
 def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None) -> NpuTensor:
     return NpuTensor(torch.empty_strided(size, stride, dtype=dtype))
 

@@ -29,9 +29,14 @@ class NpuTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return self.numbers.data_ptr()
 
+    def tolist(self) -> list:
+        return self.cpu().tolist()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return compute(func, args, kwargs or {})
+        # Only threads without an emulator come here; their tensors are inference tensors like all others.
+        with torch.inference_mode():
+            return compute(func, args, kwargs or {})
 
 
 def compute(func: Any, args: tuple, kwargs: dict) -> Any:
