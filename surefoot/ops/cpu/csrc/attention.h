@@ -95,6 +95,14 @@ template <int R, class T> static void decode_values(const float* s, const Pages<
   }
 }
 
+// Asks for the BT tokens from t0 on: a head's rows are too short and too far apart for the processor to guess the next.
+template <class T> static inline void fetch_block(const Pages<T>& pages, long t0, long end) {
+  for (long t = t0; t < min_l(end, t0 + BT); ++t) {
+    const char* row = reinterpret_cast<const char*>(pages.token(t));
+    for (long b = 0; b < pages.D * long(sizeof(T)); b += 64) prefetch(row + b);
+  }
+}
+
 // One part of one request's cache for R query heads of a KV head. result: [R][Dp + 2], unnormalised sums, top, total.
 template <int R, class T>
 static void decode_heads(const T* q, float scale, const Pages<T>& keys, const Pages<T>& values, long begin, long end, long Dp,
@@ -109,8 +117,11 @@ static void decode_heads(const T* q, float scale, const Pages<T>& keys, const Pa
     total[i] = 0;
   }
   memset(o, 0, size_t(R * Dp) * 4);
+  fetch_block(keys, begin, end);
   for (long t = begin; t < end; t += BT) {
     const long valid = min_l(BT, end - t);
+    fetch_block(values, t, end);
+    fetch_block(keys, t + BT, end);
     decode_scores<R>(query, Dp, keys, t, valid, s);
     for (int i = 0; i < R; ++i) scale_row(o + i * Dp, Dp, softmax_block(s + i * BT, valid, top + i, total + i));
     decode_values<R>(s, values, t, valid, o, Dp);

@@ -9,12 +9,12 @@ namespace SF_ISA {
 constexpr long PANEL_TOKENS = 48;  // tokens from which int8 weights are worth packing into panels
 constexpr long SMALL = 64;  // tokens up to which weights are read from memory once and used for all
 // Weights per task: for few tokens a fair share of a thread's work; for many what stays in a core's L2.
-constexpr long TASK_BYTES = 128 * 1024, TASK_BYTES_MANY = 256 * 1024;
+constexpr long TASK_BYTES = 512 * 1024, TASK_BYTES_MANY = 256 * 1024;
 // NOTE: rows 4096 bytes or a multiple apart all fall into the same sets of L1; so prepared rows are kept a line further.
 constexpr long PAD = 64;
 constexpr long ROW_BYTES = 4096;  // of one token's activations, used before going on along K
 // Bytes to prefetch ahead: for several tokens at least, for a single one, whose weights are one stream, exactly.
-constexpr long AHEAD = 8 * 1024, AHEAD_ALONE = 4 * 1024;
+constexpr long AHEAD = 8 * 1024, AHEAD_ALONE = 8 * 1024;
 
 struct Finish {  // adds the bias and writes in the output's dtype
   const Linear& job;
