@@ -165,14 +165,16 @@ def a_sample(cases: Iterable[Case], per_class: int = 2) -> list[Case]:
     return list(chosen.values())
 
 
-def sound_cases(models: Sequence[Specimen], ways: Sequence[dict[str, Any]] = WAYS) -> Iterator[Case]:
-    """Every model in every dtype, and other ways to cut the same work."""
+def sound_cases(
+    models: Sequence[Specimen], ways: Sequence[dict[str, Any]] = WAYS, schemes: Sequence[dict[str, Any]] = SCHEMES
+) -> Iterator[Case]:
+    """Every model in every dtype, other ways to cut the same work, and the schemes of quantisation."""
     for seed, specimen in enumerate(models):
         if specimen.kind == "overflow":
             continue
         for dtype in ("float32", "bfloat16", "float16"):
-            schemes = SCHEMES if seed < QUANTISED and dtype != "float16" else ()
-            for way in (*ways, *schemes):
+            quantised = schemes if seed < QUANTISED and dtype != "float16" else ()
+            for way in (*ways, *quantised):
                 yield Case(specimen, dtype, None, seed, way)
 
 
@@ -256,7 +258,7 @@ def run(progress: Progress | None = None, sample: bool = False) -> DrillResult:
         planted = list(fault_cases(models, configs))
         if sample:
             planted = a_sample(planted)
-        cases = [*planted, *sound_cases(models, WAYS[:1] if sample else WAYS)]
+        cases = [*planted, *(sound_cases(models, WAYS[:1], ()) if sample else sound_cases(models))]
         outcomes = []
         for i, case in enumerate(cases):
             if progress is not None:

@@ -108,6 +108,8 @@ def _sound(result: DrillResult) -> str:
             runs = [o for o in result.sound if o.case.specimen.name == name and o.case.dtype == dtype]
             cells.append(f"{sum(o.verdict == 'proven' for o in runs)} of {len(runs)} proven")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "Each in four ways: plain; chunks of 7; chunks of 64 with two requests at a time; reference ops."]
+    ways = "Each in four ways: plain; chunks of 7; chunks of 64 with two requests at a time; reference ops."
+    schemes = sorted({str(o.case.quant) for o in result.sound if o.case.quant})
+    lines += ["", ways + (f" Some also quantised: {', '.join(schemes)}." if schemes else "")]
     lines += [f"- **{o.verdict}**: {o.case.name}: {o.line}" for o in result.sound if o.verdict != "proven"]
     return "\n".join(lines)
