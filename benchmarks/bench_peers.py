@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument(
         "--graph", nargs="+", default=["auto"], help="Surefoot's setting: auto, full; the faster counts"
     )
+    parser.add_argument("--best", nargs="*", default=BEST_FORMATS, help="llama.cpp's formats for its best prefill")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cache", type=Path, default=Path(".cache/peers"), help="where the model files are kept")
     parser.add_argument("--prepare", action="store_true", help="make the model files and end")

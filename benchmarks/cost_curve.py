@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", action="store_true", help="time by kind of layer, too")
     parser.add_argument(
-        "--kv-tokens", type=int, default=32 * 8256, help="what the cache holds; larger cases are left out"
+        "--kv-tokens", type=int, default=160_000, help="what the cache holds; larger cases are left out"
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="without suffix")
     args = parser.parse_args()
@@ -233,6 +233,7 @@ def main() -> None:
         max_num_seqs=max(args.batches, default=1),
         max_model_len=longest,
         kv_cache_tokens=max(args.kv_tokens, longest),
+        max_num_batched_tokens=max(args.kv_tokens, longest),  # a pretended prefill is one step
         enable_prefix_caching=False,
     )
     engine = Engine.load(args.model, config)
