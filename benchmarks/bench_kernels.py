@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +119,7 @@ def cases(kinds: list[str], tokens: tuple[int, ...]) -> list[Case]:
                 if head and n > 64:
                     continue  # logits are wanted of the last token only
                 x = torch.randn(n, inner).to(torch.float32 if kind.endswith("fp32") else torch.bfloat16)
-                calls = [lambda fn=fn, x=x, args=args: fn(x, *args) for args in copies]  # type: ignore[misc]
+                calls: list[Callable[[], torch.Tensor]] = [partial(fn, x, *args) for args in copies]
                 out.append(Case(kind, n, (outer, inner), count * (1 if head else LAYERS), calls))
     return out
 
