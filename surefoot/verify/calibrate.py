@@ -54,9 +54,9 @@ def dithered(model: nn.Module, seed: int) -> Iterator[None]:
 
     def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         half = torch.finfo(output.dtype).eps / 2
-        noise = (2 * torch.rand(output.shape, generator=generator) - 1).to(output.device)
-        # NOTE: fp64, because 1 + 6e-8 is 1 in fp32.
-        return (output.double() * (1 + half * noise.double())).to(output.dtype)
+        noise = 2 * torch.rand(output.shape, generator=generator) - 1
+        # NOTE: fp64, because 1 + 6e-8 is 1 in fp32; and on the host, because an NPU has none and says nothing.
+        return (output.cpu().double() * (1 + half * noise.double())).to(output.dtype).to(output.device)
 
     handle = embedding.register_forward_hook(hook)
     try:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from typing import Any
+from unittest import mock
 
 import torch
 from fake_torch_npu import FakeNpu
@@ -12,7 +15,6 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from emulated_npu import graphs
 from emulated_npu.emulator import Emulator
-from emulated_npu.tensor import NpuTensor
 from emulated_npu.wheel import contract, modules
 from surefoot.analyze.registry import Registry, load
 
@@ -47,22 +49,16 @@ def _register() -> None:
     _setup_privateuseone_for_python_backend("npu", _Module())
 
 
-@torch.inference_mode()
-def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None) -> NpuTensor:
-    return NpuTensor(torch.empty(size, dtype=dtype))
+class _Inline(Executor):
+    """Does the work where it is submitted: what PyTorch calls a mode, and so the emulator, belongs to one thread."""
 
-
-@torch.inference_mode()
-def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None) -> NpuTensor:
-    return NpuTensor(torch.empty_strided(size, stride, dtype=dtype))
-
-
-def _factories() -> torch.library.Library:
-    """Memory of the device for threads that do not see the emulator, such as those that load weights."""
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("empty.memory_format", _empty, "PrivateUse1")
-    library.impl("empty_strided", _empty_strided, "PrivateUse1")
-    return library
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 @contextlib.contextmanager
@@ -74,7 +70,6 @@ def machine(release: str = "2.13.0", registry: Registry | None = None) -> Iterat
     for schema in held.schemas.values():
         with contextlib.suppress(RuntimeError):  # a type that this PyTorch does not have
             library.define(schema)
-    factories = _factories()
     fake = FakeNpu()
     fake.npu.mem_get_info = lambda i: (FREE, TOTAL)
     fake.npu.memory_allocated = fake.npu.memory_reserved = lambda i: 0
@@ -82,10 +77,10 @@ def machine(release: str = "2.13.0", registry: Registry | None = None) -> Iterat
     # `torch_npu.npu_rms_norm` is the dispatcher's npu::npu_rms_norm.
     fake.__dict__["__getattr__"] = lambda name: getattr(torch.ops.npu, name)
     emulator = Emulator(held, registry or load())
+    inline = mock.patch("surefoot.weights.load.workers", lambda: contextlib.nullcontext(_Inline()))
     try:
         # NOTE: all tensors are inference tensors, because a view of another kind would want a version counter.
-        with modules({"torch_npu": fake}), torch.inference_mode(), emulator:
+        with modules({"torch_npu": fake}), inline, torch.inference_mode(), emulator:
             yield emulator
     finally:
         library._destroy()
-        factories._destroy()

@@ -34,9 +34,7 @@ class NpuTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        # Only threads without an emulator come here; their tensors are inference tensors like all others.
-        with torch.inference_mode():
-            return compute(func, args, kwargs or {})
+        return compute(func, args, kwargs or {})
 
 
 def compute(func: Any, args: tuple, kwargs: dict) -> Any:
