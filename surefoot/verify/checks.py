@@ -75,7 +75,8 @@ def weights_evidence(
         "items": items,
         "missing": missing,
         "unexpected": left,
-        "tied": _tie_facts(target, held, checkpoint),
+        # A head that is quantised has a weight of its own.
+        "tied": [] if quantised and "lm_head" in quantised.schemes else _tie_facts(target, held, checkpoint),
         "steps": layers.steps,
     }
 

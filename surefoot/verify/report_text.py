@@ -45,6 +45,8 @@ def _grouped(findings: list[Finding]) -> list[Finding]:
         if len(good) > 1:
             closest = max((float(f.details.get("ratio", 0.0)) for f in good), default=0.0)
             near = f"; the closest used {closest:.0%} of what is allowed" if closest else ""
+            skipped = [str(f.details.get("path", f.summary)) for f in mine if f.status == "not_possible"]
+            near += f"; not possible: {', '.join(skipped)}" if skipped else ""
             out.append(Finding(check, "pass", f"{len(good)} paths lead to the same numbers{near}"))
             mine = [f for f in mine if f.status not in ("pass", "not_possible")]
         out += mine
