@@ -160,8 +160,9 @@ def test_attention_alone_equals_batched(isa, dtype):
         assert torch.equal(ops.paged_attention(**one_request(call, i)), expected)
 
 
-def test_attention_of_a_chunk_equals_that_of_the_whole(isa):
-    whole = attention_call([200], [200])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_a_chunk_equals_that_of_the_whole(isa, dtype):
+    whole = attention_call([200], [200], dtype)
     expected = ops.paged_attention(**whole)
     for begin, end in ((0, 64), (64, 67), (67, 199), (190, 200)):
         part = whole | {
@@ -174,10 +175,11 @@ def test_attention_of_a_chunk_equals_that_of_the_whole(isa):
         assert torch.equal(ops.paged_attention(**part), expected[begin:end])
 
 
-def test_attention_ignores_garbage_in_free_slots(isa):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_ignores_garbage_in_free_slots(isa, dtype):
     """NaN behind a request's last token, and in pages that nobody owns, must not be seen."""
     for lens in (([1, 1], [17, 5]), ([9, 30], [17, 30])):
-        call = attention_call(*lens)
+        call = attention_call(*lens, dtype)
         expected = ops.paged_attention(**call)
         used = torch.zeros(call["k_cache"].shape[:2], dtype=torch.bool)
         for row, length in zip(call["block_table"], call["seq_lens_host"]):

@@ -1,4 +1,5 @@
-// Causal attention over paged keys and values, with an online softmax; everything is computed in fp32.
+// Causal attention over paged keys and values, with an online softmax; sums are in fp32, and so are products, but for those
+// of a prefill in bf16 where the machine multiplies bf16 (attention_products.h).
 //
 // A request with one new token (decode) is split into parts of PART cached tokens; one with more (prefill) into blocks of
 // query tokens. Both walk the cache in blocks of BT tokens counted from its start, so a token's result does not depend on
@@ -6,21 +7,12 @@
 #pragma once
 #include <math.h>
 
-#include "gemm.h"
+#include "attention_products.h"
 
 namespace sf {
 namespace SF_ISA {
 
-constexpr long BT = 64, PART = 512, QUERY_ROWS = 96;
-
-template <class T> struct Pages {  // keys or values of one request and KV head
-  const T* base;
-  const int32_t* table;
-  long block_size, Hk, D, head;
-  const T* token(long t) const {
-    return base + ((table[t / block_size] * block_size + t % block_size) * Hk + head) * D;
-  }
-};
+constexpr long PART = 512, QUERY_ROWS = 96;
 
 // Turns a row of BT scores into weights; returns by how much earlier sums shrink. Scores from `valid` on count as absent.
 static inline float softmax_block(float* s, long valid, float* top, float* total) {
@@ -174,38 +166,32 @@ template <class T> static void decode_part(const Job<T>& j, long request, long k
 }
 
 // Block of query tokens [first, first + n) of a request, all heads of one KV head: rows are (token, head).
-template <class T> static void prefill_block(const Job<T>& j, long request, long kv_head, long first, long n) {
+template <class P, class T> static void prefill_block(const Job<T>& j, long request, long kv_head, long first, long n) {
+  typedef typename P::X X;
   const Attention& a = j.a;
   const long rows = n * j.group, Dp = j.Dp, new_tokens = a.starts[request + 1] - a.starts[request];
   const long position = a.lens[request] - new_tokens + first, row0 = a.starts[request] + first;
   const Pages<T> keys = j.pages(a.k, request, kv_head), values = j.pages(a.v, request, kv_head);
-  float* memory = static_cast<float*>(scratch(TASK, size_t(rows * (2 * Dp + BT + 2) + 2 * BT * Dp) * 4));
-  float *q = memory, *o = q + rows * Dp, *s = o + rows * Dp, *kt = s + rows * BT, *v = kt + BT * Dp, *top = v + BT * Dp,
-        *total = top + rows;
+  float* o = static_cast<float*>(scratch(TASK, size_t(rows * (Dp + BT + 2)) * 4));
+  float *s = o + rows * Dp, *top = s + rows * BT, *total = top + rows;
+  X* q = static_cast<X*>(scratch(TASK_2, size_t(rows * (Dp + BT) + 2 * BT * Dp) * sizeof(X)));
+  X *kt = q + rows * Dp, *v = kt + BT * Dp, *weights = v + BT * Dp;
   for (long r = 0; r < rows; ++r) {
-    const T* from = j.query(row0 + r / j.group, kv_head * j.group + r % j.group);
-    for (long d = 0; d < Dp; d += LANES) f_store(q + r * Dp + d, f_mul(load_n(from + d, a.D - d), f_set(a.scale)));
+    P::query(j.query(row0 + r / j.group, kv_head * j.group + r % j.group), a.D, a.scale, q + r * Dp);
     top[r] = -INFINITY;
     total[r] = 0;
   }
   memset(o, 0, size_t(rows * Dp) * 4);
   for (long t0 = 0; t0 < position + n; t0 += BT) {
     const long valid = min_l(BT, position + n - t0);
-    // NOTE: rows behind `valid` are zeroed, not skipped: a free page may hold NaN, and 0 x NaN is NaN.
-    memset(kt, 0, size_t(BT * Dp) * 4);
-    memset(v + valid * Dp, 0, size_t((BT - valid) * Dp) * 4);
-    for (long t = 0; t < valid; ++t) {
-      const T *key = keys.token(t0 + t), *value = values.token(t0 + t);
-      for (long d = 0; d < a.D; ++d) kt[d * BT + t] = to_float(key[d]);
-      for (long d = 0; d < Dp; d += LANES) f_store(v + t * Dp + d, load_n(value + d, a.D - d));
-    }
-    memset(s, 0, size_t(rows * BT) * 4);
-    gemm({q, Dp, kt, BT, s, BT, rows, BT, a.D});
+    P::keys(keys, t0, valid, kt);
+    P::values(values, t0, valid, Dp, v);
+    P::scores(q, kt, s, rows, a.D, Dp, a.scale);
     for (long r = 0; r < rows; ++r) {
       const long visible = max_l(0, min_l(valid, position + r / j.group + 1 - t0));
       scale_row(o + r * Dp, Dp, softmax_block(s + r * BT, visible, top + r, total + r));
     }
-    gemm({s, BT, v, Dp, o, Dp, rows, Dp, valid});
+    P::sum(s, weights, v, o, rows, Dp, valid);
   }
   for (long r = 0; r < rows; ++r) {
     T* to = j.out(row0 + r / j.group, kv_head * j.group + r % j.group);
@@ -214,7 +200,7 @@ template <class T> static void prefill_block(const Job<T>& j, long request, long
   }
 }
 
-template <class T> static void attention_of(const Attention& a) {
+template <class P, class T> static void attention_of(const Attention& a) {
   const Job<T> j{a, a.H / a.Hk, ceil_div(a.D, LANES) * LANES};
   const long block = max_l(1, QUERY_ROWS / j.group), stride = j.Dp + 2;
   // Tasks of request i start at first[i]; parts of decode requests are kept in `partial` from cell[i] on.
@@ -235,7 +221,7 @@ template <class T> static void attention_of(const Attention& a) {
     while (first[i + 1] <= task) ++i;
     const long n = a.starts[i + 1] - a.starts[i], kv_head = (task - first[i]) % a.Hk, piece = (task - first[i]) / a.Hk;
     if (n == 1) decode_part(j, i, kv_head, piece, partial + (cell[i] + piece * a.H + kv_head * j.group) * stride);
-    else prefill_block(j, i, kv_head, piece * block, min_l(block, n - piece * block));
+    else prefill_block<P>(j, i, kv_head, piece * block, min_l(block, n - piece * block));
   });
   for (long i = 0; i < a.N; ++i) {
     if (a.starts[i + 1] - a.starts[i] != 1) continue;
@@ -246,7 +232,13 @@ template <class T> static void attention_of(const Attention& a) {
 }
 
 static void attention(const Attention& a) {
-  with_type(a.dtype, [&](auto zero) { attention_of<decltype(zero)>(a); });
+#ifdef SF_DOT_BF16
+  if (a.dtype == BF16 && a.D % LANES == 0) return attention_of<Bf16Products, bf16>(a);
+#endif
+  with_type(a.dtype, [&](auto zero) {
+    typedef decltype(zero) T;
+    attention_of<Fp32Products<T>, T>(a);
+  });
 }
 
 }  // namespace SF_ISA

@@ -16,15 +16,6 @@ namespace SF_ISA {
 constexpr long PANEL = PANEL_VECTORS * LANES, PANEL_BYTES_PER_TASK = 256 * 1024;
 constexpr long PACK_AHEAD = 512, PANEL_AHEAD = 1024, TOKENS_AHEAD = 512;  // bytes to prefetch ahead
 
-// Four rows of four 32-bit words in, the four columns out, each at `step` bytes from the one before.
-static SF_INLINE void transpose4(const Int4 r[4], char* to, long step) {
-  const Int4 ab_lo = SF_SHUFFLE(r[0], r[1], 0, 4, 1, 5), ab_hi = SF_SHUFFLE(r[0], r[1], 2, 6, 3, 7);
-  const Int4 cd_lo = SF_SHUFFLE(r[2], r[3], 0, 4, 1, 5), cd_hi = SF_SHUFFLE(r[2], r[3], 2, 6, 3, 7);
-  const Int4 columns[4] = {SF_SHUFFLE(ab_lo, cd_lo, 0, 1, 4, 5), SF_SHUFFLE(ab_lo, cd_lo, 2, 3, 6, 7),
-                           SF_SHUFFLE(ab_hi, cd_hi, 0, 1, 4, 5), SF_SHUFFLE(ab_hi, cd_hi, 2, 3, 6, 7)};
-  for (int i = 0; i < 4; ++i) memcpy(to + i * step, &columns[i], 16);
-}
-
 // `count` rows of int8 (a multiple of 4), 4 bytes of each in turn; `flip` is xored into all. What is missing to the last
 // 16 bytes of a row counts as zero. Four rows at a time for a cache line: more at once would meet in the same sets.
 static inline void interleave(const int8_t* const rows[], long count, long bytes, int flip, char* to, long step) {

@@ -158,6 +158,15 @@ template <class S> static inline F w4_scales_32(const S* p) {
 constexpr int BF16_STEP = 32;
 static inline I bf16_load(const bf16* p) { return _mm512_loadu_si512(p); }
 static inline F dot_bf16(F acc, I w, I a) { SF_DOT("vdpbf16ps", acc, w, a); return acc; }
+static inline void bf16_store(bf16* p, F x) {  // rounds like `store`, but flushes subnormals
+  const __m256bh r = _mm512_cvtneps_pbh(x);
+  memcpy(p, &r, sizeof r);
+}
+static inline void bf16_pairs(const bf16* even, const bf16* odd, bf16* to) {  // even[0], odd[0], even[1], ...
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)even));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)odd));
+  _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
 #endif
 
 // Rows of a tile of the linear kernels: 8 x 2 or 6 x 4 accumulators of 32 registers.
