@@ -6,6 +6,7 @@ library gets one clear line instead of an ImportError.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,10 @@ class Device:
 
     def empty_cache(self) -> None:
         """Give cached, unused memory back to the system."""
+
+    def loading(self) -> contextlib.AbstractContextManager[None]:
+        """Around the loading of an engine: memory may be handled otherwise meanwhile than afterwards."""
+        return contextlib.nullcontext()
 
     def timer(self) -> Timer:
         """A context manager that times the work given to the device within it."""

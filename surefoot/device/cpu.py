@@ -9,9 +9,11 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from surefoot.device import heap
 from surefoot.device.base import Device
 from surefoot.device.graphs import Graph
 
@@ -37,6 +39,9 @@ class CpuDevice(Device):
         from surefoot.device.cpu_graphs import CpuGraph
 
         return CpuGraph(fn)
+
+    def loading(self) -> AbstractContextManager[None]:
+        return heap.kept_afterwards()
 
     def memory(self) -> tuple[int, int]:
         free, total = _system_memory()

@@ -43,6 +43,11 @@ def load_engine(
 ) -> Engine:
     """See `Engine.load`. `device`: one that is at hand already, in place of config.device."""
     device = device or get_device(config.device)
+    with device.loading():
+        return _load(model_ref, config, progress, device)
+
+
+def _load(model_ref: str, config: EngineConfig, progress: Progress | None, device: Device) -> Engine:
     scheme = quantised.scheme_of(config)
     folder = resolve(model_ref, progress=progress)
     checkpoint = Checkpoint(folder)
