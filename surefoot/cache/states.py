@@ -25,8 +25,7 @@ class StatePool:
     def __init__(self, num_slots: int, num_checkpoints: int = 0, num_dummies: int = 1) -> None:
         if num_slots < 1 or num_checkpoints < 0 or num_dummies < 1:
             raise ValueError(
-                f"need at least 1 slot, 0 checkpoints and 1 dummy, "
-                f"got {num_slots}, {num_checkpoints} and {num_dummies}"
+                f"need at least 1 slot, 0 checkpoints and 1 dummy, got {num_slots}, {num_checkpoints} and {num_dummies}"
             )
         self.num_dummies = num_dummies
         self.num_slots = num_slots
