@@ -109,7 +109,7 @@ def test_cramped_engines_are_no_false_alarm(settings):
 
 def test_what_the_engine_cannot_do_is_said():
     backend = backend_of("qwen3.5", num_state_checkpoints=0)
-    finding, _ = path_parity(backend, VerifySettings("any"), only=["prefix miss = hit"])
+    (finding,) = path_parity(backend, VerifySettings("any"), only=["prefix miss = hit"])
     assert finding.status == "not_possible"
     assert "checkpoints" in finding.summary
 
@@ -135,8 +135,8 @@ def test_a_busy_engine_is_refused():
 def test_progress_tells_each_path(llama):
     seen: list[tuple[str, float | None]] = []
     path_parity(llama, VerifySettings("any"), lambda what, share: seen.append((what, share)))
-    assert len(seen) == 15
-    assert ("paths: server", 13 / 15) in seen
+    assert len(seen) == 16
+    assert ("paths: server", 13 / 16) in seen
     assert [share for _, share in seen] == sorted(share for _, share in seen)
 
 

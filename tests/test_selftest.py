@@ -79,7 +79,7 @@ def test_a_crashing_kernel_is_a_finding_and_the_rest_goes_on(few_answers, monkey
         monkeypatch.setattr(spec, "implementations", [])
     checks = selftest.run(CONFIG, ("float32",))
     assert [(c.canary, c.passed) for c in checks] == [("canary-llama", True)] * 2 + [("canary-qwen3.5", False)] * 2
-    assert checks[-1].detail == "RuntimeError: no kernel for this shape at line 7"
+    assert checks[-1].detail.endswith("RuntimeError: no kernel for this shape at line 7")
 
 
 def test_an_absent_device_is_one_error_and_no_table(capsys):
