@@ -39,8 +39,13 @@ CASES: dict[str, tuple[dict, int]] = {
     "prefill-512": ({"do": "prefill", "tokens": 512}, 512),
     "load": ({"do": "prefill", "tokens": PROMPT}, 1),
 }
-# group: (Surefoot's folder, its dtype, llama.cpp's format)
-GROUPS = {"int8": ("w8a8", "Q8_0"), "int4": ("w4a16", "Q4_0"), "bf16": ("full", "F16")}
+# group: (Surefoot's folder, llama.cpp's format). Q4_0 multiplies by 8-bit activations, as w4a8 does.
+GROUPS = {
+    "int8": ("w8a8", "Q8_0"),
+    "int4": ("w4a16", "Q4_0"),
+    "int4-a8": ("w4a8", "Q4_0"),
+    "bf16": ("full", "F16"),
+}
 BEST_FORMATS = ("F16", "BF16", "Q4_0", "Q4_K_M")  # beside the group's own, where llama.cpp's best is asked for
 
 
@@ -90,8 +95,6 @@ def peers_of(group: str, case: str, files: Path, args: argparse.Namespace) -> Sp
             specs += [("llama.cpp best", f, {"gguf": str(files / f"{f}.gguf"), **gguf}) for f in args.best]
     hf = {"peer": "transformers", "model": str(files / "full"), **common}
     specs += [("transformers", dtype, {**hf, "dtype": dtype}) for dtype in args.dtypes]
-    if (xml := files / f"openvino-{group}").exists():
-        specs.append(("openvino", "", {"peer": "openvino", "folder": str(xml), **common}))
     return [spec for spec in specs if spec[0] == "surefoot" or any(spec[0].startswith(f) for f in args.families)]
 
 
@@ -181,7 +184,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--families", nargs="+", default=["llama.cpp", "transformers", "openvino"])
+    parser.add_argument("--families", nargs="+", default=["llama.cpp", "transformers"])
     parser.add_argument(
         "--dtypes", nargs="+", default=["bfloat16", "float32"], help="of transformers; the faster counts"
     )

@@ -55,6 +55,21 @@ def test_targets_are_judged_in_the_newest_run(table):
     assert text.count("llama.cpp Q8_0") == 1
 
 
+def test_int4_is_held_against_the_multiplies_of_its_activations(table):
+    limits = [{"read": 1e15, "int8": 900e9, "int16": 450e9}] * 2
+    sixteen = table.limit(run("decode-8") | {"group": "int4", "limits": limits})
+    eight = table.limit(run("decode-8") | {"group": "int4-a8", "limits": limits})
+    assert sixteen["peak"] == pytest.approx(2 * eight["peak"])
+
+
+def test_every_group_has_a_peak_and_a_folder(table):
+    from bench_peers import GROUPS
+    from peers.files import SCHEMES
+
+    assert set(GROUPS) == set(table.PEAK)
+    assert {folder for folder, _ in GROUPS.values()} == {*SCHEMES, "full"}
+
+
 def test_fit_finds_the_cost(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     from cost_curve import fit

@@ -1,7 +1,8 @@
 """The same random weights at a config's true shapes in every peer's format, made once and kept in a folder.
 
     full/            the checkpoint in bf16, for transformers and Surefoot
-    w8a8/, w4a16/    Surefoot's quantised folders (compressed-tensors), output layer included
+    w8a8/, w4a8/, w4a16/
+                     Surefoot's quantised folders (compressed-tensors), output layer included
     Q8_0.gguf, ...   llama.cpp's formats, by its own quantiser; Llama family only
 
 Speed does not depend on the values, so one block of 16 Mi random numbers is repeated; a whole draw would take minutes.
@@ -27,7 +28,7 @@ from surefoot.weights.checkpoint import Checkpoint
 from surefoot.weights.writer import Entry, SafetensorsWriter
 
 BLOCK = 1 << 24
-SCHEMES = ("w8a8", "w4a16")
+SCHEMES = ("w8a8", "w4a8", "w4a16")
 FORMATS = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_K_M")
 
 

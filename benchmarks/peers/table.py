@@ -10,13 +10,15 @@ TARGETS: dict[tuple[str, str], dict[str, float]] = {
     ("int4", "decode-1"): {"llama.cpp Q4_0": 1.5, "transformers": 6, "limit": 0.80},
     ("int8", "decode-8"): {"llama.cpp Q8_0": 2.2, "transformers": 9, "limit": 0.75},
     ("int4", "decode-8"): {"llama.cpp Q4_0": 2.3, "transformers": 8},
+    ("int4-a8", "decode-1"): {"llama.cpp Q4_0": 1.5, "transformers": 6, "limit": 0.80},
+    ("int4-a8", "decode-8"): {"llama.cpp Q4_0": 2.3, "transformers": 8},
     ("bf16", "decode-1"): {"llama.cpp F16": 1.0, "transformers": 1.8, "limit": 0.80},
     ("int8", "prefill-512"): {"llama.cpp Q8_0": 1.8, "llama.cpp best": 1.2, "transformers": 1.6, "limit": 0.75},
     ("int8", "load"): {"llama.cpp Q8_0": 1.0, "transformers": 3},
 }
 TARGETS_OF = "Llama family"
 # Which multiply-adds a group's kernels do, and hence which peak they are held against.
-PEAK = {"int8": "int8", "int4": "int16", "bf16": "bf16"}
+PEAK = {"int8": "int8", "int4": "int16", "int4-a8": "int8", "bf16": "bf16"}
 
 
 def ours(run: dict) -> str:

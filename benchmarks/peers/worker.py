@@ -19,7 +19,6 @@ CLASSES = {
     "native": ("native", "Native"),
     "transformers": ("hf", "Transformers"),
     "llama.cpp": ("llamacpp", "LlamaCpp"),
-    "openvino": ("ov", "OpenVino"),
 }
 
 
