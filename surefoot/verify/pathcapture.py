@@ -85,7 +85,8 @@ class _Rows:
 
         runner.run = run  # type: ignore[method-assign]
         try:
-            yield
+            with runner.eagerly():  # the replay of a graph fires no hook
+                yield
         finally:
             runner.run = original  # type: ignore[method-assign]
             for handle in handles:
@@ -249,11 +250,12 @@ def poison(engine: Engine, num_tokens: int) -> None:
     """
     pool = engine.scheduler.block_pool
     blocks = pool.allocate(min(pool.num_free, 4 * pool.pages(num_tokens) + 8)) or []
+    index = torch.tensor(blocks, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
     for layer in engine.runner.layers:
         for pages in (layer.k, layer.v) if isinstance(layer, KVPages) else ():
             noise = torch.randn(len(blocks), *pages.shape[1:], generator=generator)
-            pages[blocks] = noise.to(device=pages.device, dtype=pages.dtype)
+            pages.index_put_((index.to(pages.device),), noise.to(pages.dtype).to(pages.device))
     pool.free(blocks)
 
 
