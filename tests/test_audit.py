@@ -153,6 +153,7 @@ def test_a_number_that_is_far_off_is_found(page, factor, data):
     whole = [row for row in page["rows"] if {"batch", "output_tokens", "seconds", "tokens_per_s"} <= row.keys()]
     assume(whole)
     row = data.draw(st.sampled_from(whole))
+    row.pop("prompt_tokens", None)  # else 17 times as much may be a page that counts its 128 prompt tokens: suspicious
     row["tokens_per_s"] *= factor
     assert ("impossible", "throughput") in serious(page)
 
