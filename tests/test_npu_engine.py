@@ -94,7 +94,6 @@ def test_quantised_weights(npu, quant):
     assert given == answers(cpu, asked)
 
 
-@pytest.mark.xfail(run=False, reason="not seen to end: two runs side by side were stopped after three minutes")
 @pytest.mark.parametrize("name", canaries.CANARIES)
 def test_the_proof_is_green(npu, tmp_path, name):
     """Template, token ids, weights, every layer, logits, sampler, and every path of the engine against every other."""
@@ -111,7 +110,7 @@ def test_the_proof_is_green(npu, tmp_path, name):
         long_tokens=40,
     )
     proof = verify(open_reference(settings), open_target(settings), settings)
-    assert proof.verdict == "proven", proof.headline
+    assert proof.verdict == "proven", [f.summary for f in proof.findings if f.status != "pass"]
 
 
 def logits(engine: Engine) -> torch.Tensor:

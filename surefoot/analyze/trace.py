@@ -106,7 +106,7 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         tensors = _tensors(args) + _tensors(tuple(kwargs.values()))
-        if not self._concerns(tensors, kwargs):
+        if not self._concerns(tensors, args, kwargs):
             return func(*args, **kwargs)
         name = func.name()
         status = self.registry.status(name, torch.__version__)
@@ -133,10 +133,10 @@ class Tracer(TorchDispatchMode):
                 return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype, device="cpu")
         return func(*args, **kwargs)
 
-    def _concerns(self, tensors: list[torch.Tensor], kwargs: dict) -> bool:
+    def _concerns(self, tensors: list[torch.Tensor], args: tuple, kwargs: dict) -> bool:
         """Whether the operator works on the traced device, not between host tensors."""
-        wanted = kwargs.get("device")
-        made_there = wanted is not None and torch.device(wanted).type == self.device
+        wanted = [kwargs.get("device"), *(a for a in args if isinstance(a, torch.device))]  # `to` has it among its args
+        made_there = any(d is not None and torch.device(d).type == self.device for d in wanted)
         return made_there or any(t.device.type == self.device for t in tensors)
 
     @contextlib.contextmanager

@@ -17,6 +17,7 @@ from emulated_npu import graphs
 from emulated_npu.emulator import Emulator
 from emulated_npu.wheel import contract, modules
 from surefoot.analyze.registry import Registry, load
+from surefoot.serve.worker import EngineWorker
 
 FREE, TOTAL = 8 << 30, 64 << 30
 
@@ -61,6 +62,17 @@ class _Inline(Executor):
         return future
 
 
+def _in_workers(emulator: Emulator) -> contextlib.AbstractContextManager:
+    """A server's inference thread is on this machine, too."""
+    plain = EngineWorker._main
+
+    def main(worker: EngineWorker, load: Callable[[], Any]) -> None:
+        with torch.inference_mode(), emulator:
+            plain(worker, load)
+
+    return mock.patch.object(EngineWorker, "_main", main)
+
+
 @contextlib.contextmanager
 def machine(release: str = "2.13.0", registry: Registry | None = None) -> Iterator[Emulator]:
     """A machine with one Ascend 910B3 and this release of torch_npu."""
@@ -80,7 +92,7 @@ def machine(release: str = "2.13.0", registry: Registry | None = None) -> Iterat
     inline = mock.patch("surefoot.weights.load.workers", lambda: contextlib.nullcontext(_Inline()))
     try:
         # NOTE: all tensors are inference tensors, because a view of another kind would want a version counter.
-        with modules({"torch_npu": fake}), inline, torch.inference_mode(), emulator:
+        with modules({"torch_npu": fake}), inline, _in_workers(emulator), torch.inference_mode(), emulator:
             yield emulator
     finally:
         library._destroy()
