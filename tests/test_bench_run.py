@@ -166,7 +166,12 @@ def test_prefill_and_decode_are_measured_by_themselves(native):
     full = [p for p in found if p["what"] == "generate" and p["batch"] == 3 and len(p["steps"]) > 1]
     assert all([s[0] for s in p["steps"]] == ["prefill", "decode", "decode", "decode"] for p in full)
     assert all(s[3] == 3 for p in full for s in p["steps"])
-    assert len(found) == (2 + 4) * 3  # shapes x (warm-up + repeats)
+    first = [p for p in found if p["what"] == "settle"]
+    assert found[: len(first)] == first and {p["phase"] for p in first} == {"warmup"}
+    assert data["first_warmup"]["passes"] == len(first) and data["first_warmup"]["first_s"] == first[0]["wall_s"]
+    assert len(found) - len(first) == (2 + 4) * 3  # shapes x (warm-up + repeats)
+    turns = [len(p["steps"]) for p in found if (p["what"], p["phase"], p["batch"]) == ("generate", "measured", 3)]
+    assert turns == [1, 4, 1, 4]  # output lengths 1 and 4 take turns
     point = data["points"][-1]
     assert (point["batch"], point["output_len"], point["decode"]["step_s"]["n"]) == (3, 4, 6)
     assert data["points"][0]["decode"] is None  # one token: nothing decodes
@@ -241,10 +246,11 @@ def test_captures_and_compilations_inside_the_measured_passes_are_named(monkeypa
     backend = open_backend("native", CANARY, CONFIG)
     backend.engine.runner.graphs = SimpleNamespace(captures=2, run=lambda padded: None)
     stepper, passes = open_stepper(backend), []
+    monkeypatch.setattr("surefoot.bench.engine.FIRST_WARMUP", 0.0)  # one pass
 
     def run(prompts, count, original=stepper.run):
         passes.append(count)
-        if len(passes) in (1, 6):  # each shape: one of warm-up, two measured
+        if len(passes) in (2, 7):  # one before all; each shape: one of warm-up, two measured
             backend.engine.runner.graphs.captures += 1
         return original(prompts, count)
 

@@ -2,18 +2,21 @@
 
 Per batch and prompt length: prefill passes (B prompts of P tokens, one token each: nothing decodes). Per output length
 on top: generation passes, whose decode steps with the whole batch running are the decode samples, and whose length
-is the generation time. Cold, warm-up and measured passes are kept apart.
+is the generation time. The output lengths take turns, so that a slow minute of the machine is in all of them and not
+between them. Cold, warm-up and measured passes are kept apart.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
+import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from surefoot.bench.events import EventWatch, warning
+from surefoot.bench.events import Events, EventWatch, warning
 from surefoot.bench.result import Result
 from surefoot.bench.sizes import MemoryWatch, Peaks, Work, capacity, peaks, share, work_of
 from surefoot.bench.stats import pooled, summary
@@ -24,12 +27,13 @@ from surefoot.device.telemetry import Sampler
 Progress = Callable[[str, "float | None"], None]
 TELEMETRY_EVERY = 0.5
 UNEVEN = 1.25  # mean over median of the decode steps, above which something disturbed them
+FIRST_WARMUP = 1.0  # seconds of passes before the first shape: a CPU's clock and a process's memory settle as slowly
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     """batch, prompt_lens, output_lens: the cartesian sweep.  repeats: measured passes (6 give the median an interval).
-    warmup: passes before them.
+    warmup: passes before them, of each shape; with any, the first shape also runs for a second before all others.
     """
 
     batch: tuple[int, ...] = (1, 2, 4, 8)
@@ -38,6 +42,32 @@ class EngineSettings:
     repeats: int = 6
     warmup: int = 1
     seed: int = 0
+
+
+@dataclass
+class _Shape:
+    """The passes of one shape. spans: when the measured ones ran (monotonic).  events: inside the measured ones."""
+
+    what: str
+    batch: int
+    length: int
+    count: int
+    index: int
+    draw: random.Random
+    warm: list[Pass] = field(default_factory=list)
+    passes: list[Pass] = field(default_factory=list)
+    spans: list[tuple[float, float]] = field(default_factory=list)
+    events: Events = field(default_factory=Counter)
+    power: dict[str, Any] | None = None
+    peak: int | None = None
+
+    def warnings(self) -> list[str]:
+        found = warning(self.events)
+        if n := sum(p.preemptions for p in self.passes):
+            found.append(f"{n} preemptions: tokens were computed twice")
+        if n := sum(p.cached_tokens for p in self.passes):
+            found.append(f"{n} prompt tokens came from the prefix cache: the prefill is too fast by that")
+        return found
 
 
 class EngineBench:
@@ -59,6 +89,7 @@ class EngineBench:
         self.memory = MemoryWatch(stepper.device)
         self.events = EventWatch(getattr(stepper, "engine", None))
         self._index = itertools.count()
+        self._share = 0.0  # of the sweep that is done
         check_sweep(settings, info)
 
     def facts(self) -> dict[str, Any]:
@@ -74,84 +105,98 @@ class EngineBench:
         }
 
     def run(self, result: Result) -> None:
-        """Every point; each is on the disk when it is done."""
+        """Every point; those of a batch and prompt length are on the disk when they are done."""
         settings = self.settings
         outer = list(itertools.product(settings.batch, settings.prompt_lens))
+        result.data["first_warmup"] = self._settle(result, *outer[0], settings.output_lens[0])
         for i, (batch, length) in enumerate(outer):
-            self.progress(f"batch {batch}, prompt {length} ({i + 1}/{len(outer)})", i / len(outer))
-            self.memory.begin()
-            prefill = self._prefill(result, batch, length)
-            prefill["peak_memory_bytes"] = self.memory.end()
-            for count in settings.output_lens:
-                name = f"batch {batch}, prompt {length}, output {count}"
-                self.progress(f"{name} ({i + 1}/{len(outer)})", (i + 0.5) / len(outer))
-                shape = {"name": name, "batch": batch, "prompt_len": length, "output_len": count}
-                self.memory.begin()
-                point = self._generate(result, batch, length, count)
-                shape |= {"peak_memory_bytes": self.memory.end(), "prefill": prefill}
-                result.add_point(shape | point)
+            name = f"batch {batch}, prompt {length}"
+            self._share = i / len(outer)
+            (shape,) = self._passes(result, "prefill", batch, length, (1,))
+            prefill = self._prefill(shape) | {"peak_memory_bytes": shape.peak}
+            self._share = (i + 0.5) / len(outer)
+            for shape in self._passes(result, "generate", batch, length, settings.output_lens):
+                point: dict[str, Any] = {"name": f"{name}, output {shape.count}"}
+                point |= {"batch": batch, "prompt_len": length, "output_len": shape.count}
+                result.add_point(point | {"peak_memory_bytes": shape.peak, "prefill": prefill} | self._generate(shape))
             result.data["memory"] = result.data.get("memory", {}) | self.memory.result()
             result.data["events"] = self.events.result()
 
     # ---- passes
 
-    def _passes(self, result: Result, what: str, batch: int, length: int, count: int) -> dict[str, Any]:
-        """Warm-up and measured passes of one shape, and what the device drew meanwhile."""
+    def _shape(self, what: str, batch: int, length: int, count: int) -> _Shape:
         # NOTE: new random prompts for every pass, or the prefix cache would do the prefill.
         draw = random.Random(f"{self.settings.seed}/{what}/{batch}/{length}/{count}")
-        index = next(self._index)
+        return _Shape(what, batch, length, count, next(self._index), draw)
 
-        def one(phase: str) -> Pass:
-            prompts = [draw.choices(range(self.stepper.vocab_size), k=length) for _ in range(batch)]
-            done = self.stepper.run(prompts, count)
-            self.memory.look()
-            self._log(
-                result, done, {"shape": index, "what": what, "phase": phase, "batch": batch, "prompt_len": length}
-            )
-            return done
+    def _settle(self, result: Result, batch: int, length: int, count: int) -> dict[str, Any]:
+        """Passes of the first shape for a second, at least one: those of a fresh process are slower than later ones."""
+        self.progress("warm-up", None)
+        shape, began = self._shape("settle", batch, length, count), time.monotonic()
+        while self.settings.warmup and (not shape.warm or time.monotonic() - began < FIRST_WARMUP):
+            self._one(result, shape, "warmup")
+        walls = [p.wall for p in shape.warm]
+        return {"passes": len(walls), "seconds": sum(walls), "first_s": walls[0] if walls else None}
 
-        warm = [one("warmup") for _ in range(self.settings.warmup)]
+    def _passes(self, result: Result, what: str, batch: int, length: int, counts: tuple[int, ...]) -> list[_Shape]:
+        """Warm-up passes of each output length, then measured ones in turns, and what the device drew meanwhile."""
+        shapes = [self._shape(what, batch, length, count) for count in counts]
+        for shape, _ in itertools.product(shapes, range(self.settings.warmup)):
+            self._one(result, shape, "warmup")
         self.events.take("warmup")
         with Sampler(str(self.stepper.device), TELEMETRY_EVERY) as sampler:
-            passes = [one("measured") for _ in range(self.settings.repeats)]
-        found = warning(self.events.take("measured")) + _warnings(passes)
-        return {"warmup": [p.wall for p in warm], "passes": passes, "power": _power(sampler), "warnings": found}
+            for i, shape in itertools.product(range(self.settings.repeats), shapes):
+                turn = f"output {shape.count}, pass {i + 1}" if what == "generate" else f"pass {i + 1}"
+                self.progress(f"batch {batch}, prompt {length}, {turn}", self._share)
+                self._one(result, shape, "measured")
+                shape.events += self.events.take("measured")
+        for shape in shapes:
+            shape.power = _power(sampler, shape.spans)
+        return shapes
 
-    def _log(self, result: Result, done: Pass, head: dict[str, Any]) -> None:
+    def _one(self, result: Result, shape: _Shape, phase: str) -> None:
+        prompts = [shape.draw.choices(range(self.stepper.vocab_size), k=shape.length) for _ in range(shape.batch)]
+        self.memory.begin()
+        began = time.monotonic()
+        done = self.stepper.run(prompts, shape.count)
+        if phase == "measured":
+            shape.spans.append((began, time.monotonic()))
+        self.memory.look()
+        shape.peak = max(shape.peak or 0, self.memory.end() or 0) or None
+        (shape.warm if phase == "warmup" else shape.passes).append(done)
+        head = {"shape": shape.index, "what": shape.what, "phase": phase, "batch": shape.batch}
+        head |= {"prompt_len": shape.length, "wall_s": done.wall, "ttft_s": done.ttft}
         steps = [[s.kind, s.begin, s.seconds, s.tokens] for s in done.steps]
-        result.write({"record": "pass"} | head | {"wall_s": done.wall, "ttft_s": done.ttft, "steps": steps})
+        result.write({"record": "pass"} | head | {"steps": steps})
 
-    def _prefill(self, result: Result, batch: int, length: int) -> dict[str, Any]:
-        run = self._passes(result, "prefill", batch, length, 1)
-        seconds = [p.seconds("prefill") for p in run["passes"]]
-        times = summary(seconds)
-        flops = self.work.prefill_flops(batch, length)
+    def _prefill(self, shape: _Shape) -> dict[str, Any]:
+        times = summary([p.seconds("prefill") for p in shape.passes])
+        flops = self.work.prefill_flops(shape.batch, shape.length)
         return {
             "seconds": times,
-            "tokens_per_s": batch * length / times["median"],
-            "steps_per_pass": len(run["passes"][0].steps),
-            "warmup_s": run["warmup"],
+            "tokens_per_s": shape.batch * shape.length / times["median"],
+            "steps_per_pass": len(shape.passes[0].steps),
+            "warmup_s": [p.wall for p in shape.warm],
             "mfu": share(flops, times["median"], self.peaks["flops_per_s"]),
-            "power": run["power"],
-            "warnings": run["warnings"],
+            "power": shape.power,
+            "warnings": shape.warnings(),
         }
 
-    def _generate(self, result: Result, batch: int, length: int, count: int) -> dict[str, Any]:
-        run = self._passes(result, "generate", batch, length, count)
-        passes: list[Pass] = run["passes"]
+    def _generate(self, shape: _Shape) -> dict[str, Any]:
+        batch, count, passes = shape.batch, shape.count, shape.passes
         walls = summary([p.wall for p in passes])
         point: dict[str, Any] = {
             "generation_s": walls,
             "output_tokens_per_s": batch * count / walls["median"],
             "requests_per_s": batch / walls["median"],
             "ttft_s": pooled([p.ttft for p in passes]),
-            "warmup_s": run["warmup"],
-            "power": run["power"],
-            "joules_per_output_token": _per_token(run["power"], batch * count * len(passes)),
+            "warmup_s": [p.wall for p in shape.warm],
+            "power": shape.power,
+            "joules_per_output_token": _per_token(shape.power, batch * count * len(passes)),
             "mixed_steps": sum(len(p.of("mixed")) for p in passes),
-            "warnings": run["warnings"],
+            "warnings": shape.warnings(),
         }
-        decode = self._decode(passes, batch, length, count)
+        decode = self._decode(passes, batch, shape.length, count)
         if decode and decode["step_s"]["mean"] > UNEVEN * decode["step_s"]["median"]:
             ratio = decode["step_s"]["mean"] / decode["step_s"]["median"]
             point["warnings"].append(f"uneven decode steps: their mean is {ratio:.1f} times their median")
@@ -201,21 +246,14 @@ def check_sweep(settings: EngineSettings, info: dict[str, Any]) -> None:
             )
 
 
-def _warnings(passes: list[Pass]) -> list[str]:
-    found = []
-    if n := sum(p.preemptions for p in passes):
-        found.append(f"{n} preemptions: tokens were computed twice")
-    if n := sum(p.cached_tokens for p in passes):
-        found.append(f"{n} prompt tokens came from the prefix cache: the prefill is too fast by that")
-    return found
-
-
-def _power(sampler: Sampler) -> dict[str, Any] | None:
-    """Watts and joules while measuring; None where the device does not tell."""
-    watts = sampler.mean_power()
-    if watts is None:
+def _power(sampler: Sampler, spans: list[tuple[float, float]]) -> dict[str, Any] | None:
+    """Watts by the readings that fell into the measured passes, joules of these passes; None: nothing was read."""
+    inside = [(at, r) for at, r in sampler.samples if any(begin <= at <= end for begin, end in spans)]
+    watts = [r.power for _, r in inside if r.power is not None]
+    if not watts:
         return None
-    return {"mean_w": watts, "energy_j": sampler.energy(), "readings": len(sampler.samples)}
+    mean = sum(watts) / len(watts)
+    return {"mean_w": mean, "energy_j": mean * sum(end - begin for begin, end in spans), "readings": len(watts)}
 
 
 def _per_token(power: dict[str, Any] | None, tokens: int) -> float | None:

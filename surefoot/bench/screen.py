@@ -84,7 +84,10 @@ def _engine_head(grid: Table, data: Data) -> None:
         grid.add_row("capacity", f"{held['kv_tokens']:,} KV tokens; requests by length: {requests}")
     peak = memory["peaks"]
     grid.add_row("peak", f"{_flops(peak['flops_per_s'])}, {_rate(peak['bytes_per_s'])} ({peak['source']})")
-    grid.add_row("passes", f"{settings['repeats']} measured after {settings['warmup']} of warm-up, per shape")
+    passes = f"{settings['repeats']} measured after {settings['warmup']} of warm-up, per shape"
+    if first := (data.get("first_warmup") or {}).get("passes"):
+        passes += f"; {first} of warm-up in {data['first_warmup']['seconds']:.1f} s before them all"
+    grid.add_row("passes", passes)
 
 
 def _engine_table(points: Sequence[Data]) -> Table:

@@ -241,7 +241,7 @@ def own_claims(work: Work) -> Record:
 
 
 def _claim(point: Record) -> Record:
-    """A point as ranges: a median with its interval and the mean, because a page that prints one means all of them."""
+    """A point as ranges over its passes, because a page that prints one number means all of them."""
     wall = _range(point["generation_s"])
     made = point["batch"] * point["output_len"]
     row = {
@@ -254,14 +254,21 @@ def _claim(point: Record) -> Record:
         "prefill_s": _range(point["prefill"]["seconds"]),
     }
     if point.get("decode"):
-        row["decode_step_s"] = _range(point["decode"]["step_s"])
+        row["decode_step_s"] = _step_range(point["decode"], point["batch"])
     return row
 
 
 def _range(summary: Record) -> list[float]:
-    interval = (summary.get("p50") or {}).get("ci95") or []
+    """Of passes: the median's interval, else all of them, since the fewer there are the less each says."""
+    interval = (summary.get("p50") or {}).get("ci95") or [summary["min"], summary["max"]]
     values = [summary["median"], summary["mean"], *interval]
     return [min(values), max(values)]
+
+
+def _step_range(decode: Record, batch: int) -> list[float]:
+    """Steps of one pass are not independent of each other: from the fastest step to the mean of the slowest pass."""
+    steps, slowest = decode["step_s"], batch / decode["llama_bench_tg"]["min"]
+    return [steps["min"], max(steps["mean"], slowest)]
 
 
 def audit_outcome(record: Record) -> tuple[str, str]:
