@@ -177,7 +177,7 @@ def _search_cut(weights: torch.Tensor, goal: torch.Tensor, by_mass: bool) -> tor
     A goal out of reach gives 0. Exact, by building the bits of t from the highest down: floats in [0, 1] order like
     their bits, which need 30. All steps together take a tenth of the time of sorting a vocabulary.
     """
-    bits = torch.zeros_like(goal, dtype=torch.int32)
+    bits = goal.new_zeros(goal.shape, dtype=torch.int32)
     for bit in reversed(range(30)):
         trial = bits + (1 << bit)
         kept = _at_least(weights, trial.view(torch.float32))
