@@ -268,6 +268,29 @@ def test_a_phase_or_op_without_evidence_widens_the_interval():
     assert rates.interval(cost, "decode").high == pytest.approx(1.25 * rates.interval(cost, "decode").expected)
 
 
+def test_a_model_far_smaller_than_the_probes_has_a_wider_interval():
+    """Its weights stay in the caches and its calls are mostly their start, which the probe models do not show."""
+    variant = Variant(linear={1: (1e-9, 1e-9)}, error={"decode": (1.0, 1.0, 1.0)})
+    c = Calibration("cpu", "x", "now", 1, 10**9, (1e10, 1e10), 1e-6, {"float32": variant})
+    cost = step_cost(sketch(config_of("llama"), torch.float32).model, decode_step(1, 8), torch.float32)
+    variant.ops |= {call.op: OpFit(0, 0, 0) for call in cost.calls}
+    weights = cost.total(lambda call: call.weights)
+    for probe, stretch in ((3 * weights, 1.25), (5 * weights, 2.0)):
+        variant.weights = probe
+        found = c.rates("float32").interval(cost, "decode")
+        assert found.high == pytest.approx(stretch * found.expected)
+    variant.linear_call = {1: 1e-3, 4: 0.0}
+    calls = cost.total(lambda call: call.op == "linear")
+    before, after = found, c.rates("float32").interval(cost, "decode")
+    assert after.expected - before.expected == pytest.approx(calls * 1e-3, rel=1e-3)
+
+
+def test_a_calibration_has_the_cost_of_a_small_linear_call(measured):
+    for variant in measured.variants.values():
+        assert set(variant.linear_call) == set(variant.linear) and min(variant.linear_call.values()) >= 0
+        assert variant.weights > 0
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     points=st.dictionaries(st.integers(1, 300), st.floats(1e-12, 1e-6), min_size=1, max_size=5),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -50,6 +51,7 @@ class Settings:
     threads: int | None = None
     repeats: int = 5  # of each measurement, in as many rounds; of engine steps, in ROUNDS of half as many
     matrix: tuple[int, int] = (8192, 2048)  # [out, in]
+    small_matrix: tuple[int, int] = (512, 128)  # its time beyond what its weights explain is the cost of a call
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 256)
     read_bytes: int = 256 << 20
     scale: int = 1  # probe models are this many times smaller
@@ -81,7 +83,10 @@ def calibrate(settings: Settings, progress: Progress | None = None) -> Calibrati
     )
     for i, name in enumerate(variants):
         say(f"linear ops, {name}", i / len(variants))
-        found.variants[name] = Variant(linear=dict(linear_times(device, name, settings)))
+        variant = found.variants[name] = Variant(linear=dict(linear_times(device, name, settings, settings.matrix)))
+        size = math.prod(settings.small_matrix)
+        for rows, (small, _) in linear_times(device, name, settings, settings.small_matrix):
+            variant.linear_call[rows] = size * max(0.0, small - variant.linear[rows][0])
     for i, name in enumerate(variants):
         say(f"engine steps, {name}", i / len(variants))
         _fit_engine(found, name, device, settings)
@@ -134,24 +139,28 @@ def _launch(device: Device, settings: Settings) -> float:
 
 
 LARGE = 128 << 20  # weights that one pass goes through: more than any cache holds
+MATRICES = 64
 ROUNDS = 3
 
 
 @torch.inference_mode()
-def linear_times(device: Device, variant: str, settings: Settings) -> Iterable[tuple[int, tuple[float, float]]]:
-    """(rows, (median, best) seconds per weight element) of the linear op of a dtype or scheme, weights from memory."""
-    outer, inner = settings.matrix
+def linear_times(
+    device: Device, variant: str, settings: Settings, matrix: tuple[int, int]
+) -> Iterable[tuple[int, tuple[float, float]]]:
+    """(rows, (median, best) seconds per weight element) of the linear op of a dtype or scheme, weights from memory as
+    far as 64 matrices fill it."""
+    outer, inner = matrix
     dtype = getattr(torch, _activations(variant, device))
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(outer, inner, generator=generator).to(dtype)
     call, one = _linear_op(variant, dense, device)
-    copies = max(1, min(64, LARGE // sum(t.nbytes for t in one))) if settings.scale == 1 else 1
+    copies = max(1, min(MATRICES, LARGE // sum(t.nbytes for t in one))) if settings.scale == 1 else 1
     matrices = [one] + [tuple(t.clone() for t in one) for _ in range(copies - 1)]
     inputs = {n: torch.randn(n, inner, generator=generator).to(dtype).to(device.torch_device) for n in settings.rows}
     found: dict[int, list[float]] = {rows: [] for rows in settings.rows}
     for _ in range(settings.repeats):
         for rows, x in inputs.items():
-            some = matrices if rows < 16 else matrices[:2]
+            some = matrices if rows < 16 or len(matrices) == MATRICES else matrices[:2]
 
             def run(x: torch.Tensor = x, some: list = some) -> None:
                 for tensors in some:
@@ -195,6 +204,7 @@ def _fit_engine(found: Calibration, name: str, device: Device, settings: Setting
             for (phase, step), taken in zip(plan, samples):
                 cost = step_cost(paper.model, step, paper.dtype, engine.info.block_size)
                 walls.append((phase, cost, statistics.median(taken)))
+    variant.weights = min(cost.total(lambda call: call.weights) for _, cost, _ in walls)
     for op in {call.op for call, _ in calls if call.op_class != "linear"}:
         own = [(call, seconds) for call, seconds in calls if call.op == op]
         features = [(1.0, call.flops, call.bytes) for call, _ in own]

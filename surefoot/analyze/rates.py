@@ -95,12 +95,16 @@ class Variant:
     """What was measured for one dtype or scheme.
 
     linear: rows -> (median, best) seconds per weight element of a linear op with so many rows.
+    linear_call: rows -> seconds of a small linear op beyond that, which no number of weights explains.
+    weights: elements that the linear ops of a step of the smallest probe model go through.
     best: FLOP/s and bytes/s of the linear ops of an engine step taken together, the highest that were seen.
     overhead: seconds of a step outside the ops: per op call, per element passed between layers, per logit.
     error: phase -> (least, median, largest) ratio of measured to expected seconds over the calibration's engine steps.
     """
 
     linear: dict[int, tuple[float, float]] = field(default_factory=dict)
+    linear_call: dict[int, float] = field(default_factory=dict)
+    weights: float = 0.0
     ops: dict[str, OpFit] = field(default_factory=dict)
     best: tuple[float, float] = (0.0, 0.0)
     overhead: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -108,15 +112,15 @@ class Variant:
 
     def per_weight(self, rows: int, best: bool = False) -> float:
         """Seconds per weight element at `rows`, between measured points along a power law, beyond them per row."""
-        points = sorted(self.linear)
-        values = [self.linear[p][best] for p in points]
-        if rows >= points[-1]:
-            return values[-1] * rows / points[-1]
-        i = bisect.bisect_right(points, rows)
-        if i == 0:
-            return values[0]
-        share = math.log(rows / points[i - 1]) / math.log(points[i] / points[i - 1])
-        return values[i - 1] ** (1 - share) * values[i] ** share
+        return _between({n: times[best] for n, times in self.linear.items()}, rows)
+
+    def linear_seconds(self, call: OpCall, launch: float) -> float:
+        fixed = _between(self.linear_call, call.rows) if self.linear_call else 0.0
+        return max(launch, fixed + call.weights * self.per_weight(call.rows))
+
+    def is_small(self, cost: StepCost) -> bool:
+        """Whether the step goes through far fewer weights than any that was measured: they stay in the caches."""
+        return cost.total(lambda call: call.weights) < self.weights / FAR_SMALLER
 
     def saw(self, calls: Sequence[tuple[OpCall, float]]) -> None:
         """Keep the highest rates of the linear ops of one engine step; `calls` with their seconds."""
@@ -130,9 +134,23 @@ class Variant:
         return max([self.best[0], *(2 * rows / best for rows, (_, best) in self.linear.items())])
 
 
+def _between(points: Mapping[int, float], rows: int) -> float:
+    """Value at `rows`: a power law between two points, in proportion beyond the last, the same before the first."""
+    known = sorted(points)
+    if rows >= known[-1]:
+        return points[known[-1]] * rows / known[-1]
+    i = bisect.bisect_right(known, rows)
+    if i == 0:
+        return points[known[0]]
+    low, high = points[known[i - 1]], points[known[i]]
+    share = math.log(rows / known[i - 1]) / math.log(known[i] / known[i - 1])
+    return low ** (1 - share) * high**share if low and high else low + (high - low) * share
+
+
 # Beyond the largest error that was seen, because a handful of probe steps do not show the worst one.
 MARGIN, LEAST_STRETCH = 1.15, 1.25
-UNMEASURED_STRETCH = 2.0  # for a phase, or an op, that the calibration did not see
+UNMEASURED_STRETCH = 2.0  # for a phase, an op or a size of model that the calibration did not see
+FAR_SMALLER = 4.0  # times fewer weights than the smallest probe model: another size
 
 
 @dataclass
@@ -175,7 +193,8 @@ class Calibration:
     def as_dict(self) -> dict[str, Any]:
         data = asdict(self)
         for variant in data["variants"].values():
-            variant["linear"] = {str(rows): times for rows, times in variant["linear"].items()}
+            for name in ("linear", "linear_call"):
+                variant[name] = {str(rows): times for rows, times in variant[name].items()}
         return {"format": FORMAT} | data
 
     @classmethod
@@ -192,6 +211,8 @@ FORMAT = "surefoot-calibration-1"
 def _variant(data: Mapping[str, Any]) -> Variant:
     return Variant(
         linear={int(rows): (times[0], times[1]) for rows, times in data["linear"].items()},
+        linear_call={int(rows): seconds for rows, seconds in data.get("linear_call", {}).items()},
+        weights=data.get("weights", 0.0),
         ops={name: OpFit(**fit) for name, fit in data["ops"].items()},
         best=tuple(data.get("best", (0.0, 0.0))),
         overhead=tuple(data["overhead"]),
@@ -215,6 +236,8 @@ class CalibratedRates:
         stretch, shrink = max(LEAST_STRETCH, MARGIN * largest / median), MARGIN * median / least
         if any(call.op not in self.variant.ops for call in cost.calls if call.op_class != "linear"):
             stretch = max(stretch, UNMEASURED_STRETCH)
+        if self.variant.is_small(cost):
+            stretch = max(stretch, UNMEASURED_STRETCH)
         expected = max(raw * median, low or 0.0)
         return Interval(min(low or expected, expected / shrink), expected, expected * stretch)
 
@@ -226,7 +249,7 @@ class CalibratedRates:
 
     def seconds(self, call: OpCall) -> float:
         if call.op_class == "linear" and self.variant.linear:
-            return max(self.calibration.launch, call.weights * self.variant.per_weight(call.rows))
+            return self.variant.linear_seconds(call, self.calibration.launch)
         fit = self.variant.ops.get(call.op)
         return fit.seconds(call) if fit else self.calibration.launch + call.bytes / self.calibration.bandwidth[0]
 
