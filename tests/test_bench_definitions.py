@@ -151,3 +151,15 @@ def test_signs_of_bad_text():
         assert sign in said
     assert "same text" in " ".join(text_checks([answer("same")] * 4))
     assert "+3.0 prompt tokens" in " ".join(text_checks([answer("a", prompt_tokens=8, asked_prompt_tokens=5)]))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "gap", "each", "warned"),
+    [(64, 0.0, 1, True), (64, 1e-5, 1, True), (64, 0.0, 64, True), (64, 2e-3, 1, False), (8, 0.0, 8, False)],
+)
+def test_a_server_that_does_not_stream_is_named(tokens, gap, each, warned):
+    """All tokens after 2 s, in one chunk or in a row of chunks; decode steps of 2 ms and a speculative one are none."""
+    chunks = [chunk(12.0 + i * gap, "text", each) for i in range(tokens // each)]
+    log = RequestLog(0, sent=10.0, ended=chunks[-1].time, text="a b", output_tokens=tokens, chunks=chunks)
+    found = point_metrics([log])["warnings"]
+    assert any("does not stream" in w for w in found) == warned, found

@@ -15,6 +15,8 @@ from surefoot.core.errors import InputError
 
 POOLED = {("itl", OURS), ("itl", "vllm"), ("itl", "evalscope")}
 TARGETS = ("ttft", "tpot", "itl", "e2e")
+AT_ONCE = (1e-4, 0.02)  # seconds per further token, and share of the request, below which no answer was streamed
+IN_ONE_CHUNK = 8  # tokens that a server which streams may still send together (speculative decoding)
 OVERDUE = 0.005  # seconds of send lag above which the client is named as a suspect
 
 
@@ -44,7 +46,7 @@ def point_metrics(logs: Sequence[RequestLog], targets: Mapping[str, float] | Non
         "cached_prompt_tokens": _sum([log.cached_tokens for log in good]),
         "latency": latencies(good),
         "send_lag_s": summary([log.sent - log.scheduled for log in good]),
-        "warnings": text_checks(good) + _lag_warning(good),
+        "warnings": text_checks(good) + _stream_warning(good) + _lag_warning(good),
     }
     if targets:
         result["goodput"] = goodput(good, targets, span) | {"failed_count_as_missed": len(logs) - len(good)}
@@ -115,6 +117,22 @@ def _repeats(text: str, pieces: int = 12) -> bool:
     return any(
         len(text) >= k * pieces and text.endswith(text[-k:] * pieces) and text[-k:].strip() for k in range(1, 17)
     )
+
+
+def _stream_warning(logs: Sequence[RequestLog]) -> list[str]:
+    """Long answers whose last token came with the first: nothing decodes that fast."""
+    longer = [log for log in logs if log.num_output_tokens > IN_ONE_CHUNK]
+    whole = sum(_at_once(log) for log in longer)
+    if 2 * whole <= len(longer):
+        return []
+    said = "the server, or a proxy before it, does not stream: TTFT is the whole request, TPOT and ITL say nothing"
+    return [f"{whole} of {len(logs)} answers came all at once: {said}"]
+
+
+def _at_once(log: RequestLog) -> bool:
+    chunks, (per_token, share) = log.token_chunks, AT_ONCE
+    span = chunks[-1].time - chunks[0].time
+    return span <= per_token * (log.num_output_tokens - 1) and span <= share * (log.ended - log.sent)
 
 
 def _lag_warning(logs: Sequence[RequestLog]) -> list[str]:
