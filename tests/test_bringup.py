@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from surefoot.bench.stats import pooled, summary
 from surefoot.bringup import folder as folders
 from surefoot.bringup.folder import DiskError, RunFolder
 from surefoot.bringup.run import Clock, Run, died
 from surefoot.bringup.settings import QUICK, BringupSettings, fitted, folder_name
+from surefoot.bringup.stages.explain import _claim
 from surefoot.bringup.stages.order import BY_NAME
 from surefoot.bringup.stages.order import STAGES as REAL_STAGES
 from surefoot.cli.main import run_cli
@@ -254,6 +256,37 @@ def test_time_left_shrinks_and_learns():
     assert clock.left("last", 0.0, None) < whole
     clock.spent["first"] = 10.0  # a hundred times as long as usual
     assert clock.left("second", 0.0, None) > 50 * clock.left("last", 0.0, None) / 100 > 0
+
+
+def own_point(name: str, count: int, steps: list[list[float]], first: float = 0.01) -> dict:
+    """A point of a bench as it is recorded, from the seconds of the decode steps of each pass; one sequence."""
+    walls = [first + sum(group) for group in steps]
+    rates = summary([len(group) / sum(group) for group in steps])
+    return {
+        "name": name, "batch": 1, "prompt_len": 16, "output_len": count, "generation_s": summary(walls),
+        "prefill": {"seconds": summary([first] * len(steps))},
+        "decode": {"step_s": pooled(steps), "llama_bench_tg": rates},
+    }  # fmt: skip
+
+
+def test_own_claims_are_as_wide_as_the_passes_were():
+    """A machine that halves its speed for some passes contradicts nothing; a number that is wrong does."""
+    slow, fast = 0.0014, 0.0007
+    short = own_point("short", 10, [[slow] * 9] * 3 + [[fast] * 9] * 3)
+    long = own_point("long", 50, [[fast] * 49] * 4 + [[slow] * 49] * 2)
+    rows = [_claim(short), _claim(long)]
+    assert rows[0]["decode_step_s"] == pytest.approx([fast, slow])
+    assert audit({"rows": rows}) == []
+    for name in ("tokens_per_s", "decode_step_s"):
+        wrong = dict(rows[1])
+        wrong[name] = [4 * v for v in wrong[name]]
+        assert "impossible" in audit({"rows": [rows[0], wrong]}), name
+
+
+def audit(page: dict) -> list[str]:
+    from surefoot.analyze import audit, claims
+
+    return [f.severity for f in audit.audit(claims.parse({"format": "surefoot-claims-1"} | page, "test"))]
 
 
 def test_every_stage_can_be_repeated_by_a_command():

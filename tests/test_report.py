@@ -213,6 +213,17 @@ def test_unproven_speed_says_so(tmp_path):
 # ---- features
 
 
+@pytest.mark.parametrize(("peak", "said"), [(0.5, True), (1.5, False)])
+def test_a_peak_below_the_cache_says_why(tmp_path, peak, said):
+    write_records(tmp_path)
+    bench = json.loads((tmp_path / "bench.json").read_text())
+    bench["memory"]["peak_bytes"] = int(peak * bench["memory"]["kv_cache_bytes"])
+    (tmp_path / "bench.json").write_text(json.dumps(bench))
+    render.render(tmp_path, LANGUAGES)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert [Texts(language)["peak_below_cache"] in html for language in LANGUAGES] == [said, said]
+
+
 def test_green_has_a_linked_record(folder):
     for feature in features.features(Records(folder)):
         if feature.state == "good":
