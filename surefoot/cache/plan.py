@@ -43,7 +43,8 @@ StateSpec = PagedKVSpec | LinearStateSpec
 class CachePlan:
     """Sizes of the cache tensors.
 
-    num_blocks: KV pages, the num_dummy_blocks included.  kv_bytes = num_blocks * block_size * sum of kv_bytes_per_token.
+    num_blocks: KV pages, the num_dummy_blocks included.
+    kv_bytes = num_blocks * block_size * sum of kv_bytes_per_token.
     num_slots: state slots of running requests and the num_dummy_slots (0 without linear-attention layers).
     num_checkpoints: state rows after them.
     state_bytes = (num_slots + num_checkpoints) * sum of state_bytes_per_slot.
