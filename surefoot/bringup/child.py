@@ -7,12 +7,9 @@ print goes to stderr, which the parent keeps as logs/STAGE.log. Stdin is the par
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import json
 import os
 import sys
-import threading
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from surefoot.bringup.folder import DiskError, RunFolder, cannot_write
 from surefoot.bringup.settings import BringupSettings
 from surefoot.bringup.stages.base import Work
+from surefoot.core.child import end_with_parent, open_channel
 from surefoot.core.errors import SurefootError
 
 if TYPE_CHECKING:
@@ -29,27 +27,9 @@ SERVER = "server"
 NO_SPACE = {errno.EFBIG, errno.ENOSPC, errno.EROFS, errno.EDQUOT}
 
 
-def end_with_parent() -> None:
-    """End this process as soon as the other end of stdin is gone, however the parent died."""
-
-    def watch() -> None:
-        with contextlib.suppress(OSError):
-            while os.read(0, 4096):
-                pass
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent", daemon=True).start()
-
-
 def main(folder: str, what: str, stages: dict[str, Stage] | None = None) -> int:
-    messages = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    os.dup2(2, 1)
+    say = open_channel()
     end_with_parent()
-
-    def say(message: dict[str, Any]) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            messages.write(json.dumps(message, ensure_ascii=False, default=str) + "\n")
-
     run = RunFolder.open(Path(folder))
     settings = BringupSettings.from_dict(run.manifest["settings"])
     work = Work(settings, run, lambda text, done: say({"what": text, "fraction": done}))

@@ -23,6 +23,7 @@ from surefoot.core.errors import InputError
 from surefoot.core.sampling import SamplingParams
 from surefoot.engine.engine import Engine
 from surefoot.engine.scheduler import Schedule
+from surefoot.verify.enginepaths import chunks
 
 # All but the head: its input is the last norm's output, and its output are the logits.
 MODULES = r"(?!lm_head).*"
@@ -122,16 +123,6 @@ class _Rows:
         store[name][position : position + count] = part
 
 
-@contextlib.contextmanager
-def _pieces(engine: Engine, size: int) -> Iterator[None]:
-    before = engine.scheduler.prefill_chunk_size
-    engine.scheduler.prefill_chunk_size = size
-    try:
-        yield
-    finally:
-        engine.scheduler.prefill_chunk_size = before
-
-
 def _score(engine: Engine, rows: _Rows, others: Sequence[Sequence[int]], ids: Sequence[int]) -> None:
     """Score `ids` together with the others; our rows and logits go to `rows`."""
     add = engine.add_request
@@ -157,14 +148,14 @@ def whole(engine: Engine, ids: Sequence[int], pattern: str = MODULES) -> PathCap
 
 def decode(engine: Engine, ids: Sequence[int], pattern: str = MODULES) -> PathCapture:
     rows = _Rows(engine, len(ids), pattern)
-    with _pieces(engine, 1):
+    with chunks(engine, 1):
         _score(engine, rows, [], ids)
     return PathCapture("decode", rows.capture, rows.chunks)
 
 
 def chunked(engine: Engine, ids: Sequence[int], pattern: str = MODULES) -> PathCapture:
     rows = _Rows(engine, len(ids), pattern)
-    with _pieces(engine, PIECE):
+    with chunks(engine, PIECE):
         _score(engine, rows, [], ids)
     return PathCapture("chunked", rows.capture, rows.chunks)
 
@@ -180,7 +171,7 @@ def reused(engine: Engine, ids: Sequence[int], pattern: str = MODULES) -> PathCa
 def batched(engine: Engine, ids: Sequence[int], pattern: str = MODULES) -> PathCapture:
     """The last of a ragged batch, in pieces, so that pieces of several requests share every step."""
     rows = _Rows(engine, len(ids), pattern)
-    with _pieces(engine, max(2, len(ids) // 3)):
+    with chunks(engine, max(2, len(ids) // 3)):
         _score(engine, rows, neighbours(ids), ids)
     return PathCapture("batched", rows.capture, rows.chunks)
 
@@ -196,7 +187,7 @@ def preempted(engine: Engine, ids: Sequence[int], pattern: str = MODULES) -> Pat
     hostages = pool.allocate(pool.num_free - needed) if pool.num_free > needed else []
     rows = _Rows(engine, len(ids), pattern)
     try:
-        with _pieces(engine, RESUME_PIECE), rows.watching():
+        with chunks(engine, RESUME_PIECE), rows.watching():
             before = engine.scheduler.num_preemptions
             # It crosses its first page while ours is still being prefilled.
             first = engine.add_request(rival, SamplingParams(max_tokens=4, ignore_eos=True, prompt_logprobs=0))
