@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import sys
 from collections.abc import Callable, Sequence
 
 import torch
 
 PAGE = 2 << 20
-MIN_BYTES = 2 * PAGE
 MADV_HUGEPAGE = 14  # linux/mman.h
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None = None) -> torch.Tensor:
-    """torch.empty; for what lies inside a large tensor on a CPU, huge pages are asked for before it is touched."""
-    tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
-    if tensor.device.type == "cpu" and tensor.nbytes >= MIN_BYTES and (madvise := _madvise()) is not None:
-        begin = -(-tensor.data_ptr() // PAGE) * PAGE
-        end = (tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE
-        madvise(begin, end - begin, MADV_HUGEPAGE)
-    return tensor
+    """torch.empty; on a CPU what is as large as such a page begins at one, and they are asked for before it is touched.
+
+    Up to a page more than needed is reserved for that. It is never touched, so it takes no memory.
+    """
+    where = torch.get_default_device() if device is None else torch.device(device)
+    nbytes = math.prod(shape) * dtype.itemsize
+    if where.type != "cpu" or nbytes < PAGE or (madvise := _madvise()) is None:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    reserved = torch.empty(nbytes + PAGE, dtype=torch.uint8, device=where)
+    begin = -reserved.data_ptr() % PAGE
+    madvise(reserved.data_ptr() + begin, nbytes // PAGE * PAGE, MADV_HUGEPAGE)
+    return reserved[begin : begin + nbytes].view(dtype).view(tuple(shape))
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from surefoot.core.errors import ModelError
 from surefoot.weights.header import TensorInfo, read_header
 from surefoot.weights.jsonfile import read_json_object
 from surefoot.weights.messages import one_line, some
+from surefoot.weights.reader import fill, flat_bytes, opened
 
 INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 16 << 20
@@ -150,14 +151,25 @@ class Checkpoint:
         info = self.info(name)
         if out.dtype != info.dtype or out.nbytes != info.nbytes:
             raise ValueError(f"{name}: cannot read {info.dtype} {info.shape} into {out.dtype} {tuple(out.shape)}")
-        for _ in self._read(name, out.view(-1), out.numel()):
-            pass
+        with opened(info.file) as file:
+            fill(file, info.offset, [flat_bytes(out)])
 
-    def chunks(self, name: str, buffer: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (index of first element, flat elements) piece by piece; each piece lives in `buffer` (uint8, CPU)."""
-        dtype = self.info(name).dtype
-        flat = buffer[: buffer.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
-        yield from self._read(name, flat, flat.numel(), reuse=True)
+    def chunks(
+        self, name: str, buffer: torch.Tensor, begin: int = 0, end: int | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (index of first element, flat elements) of [begin, end), piece by piece.
+
+        Each piece lives in `buffer` (uint8, CPU) until the next.
+        """
+        info = self.info(name)
+        size = info.dtype.itemsize
+        flat = buffer[: buffer.numel() // size * size].view(info.dtype)
+        end = info.nbytes // size if end is None else end
+        with opened(info.file) as file:
+            for at in range(begin, end, flat.numel()):
+                piece = flat[: min(flat.numel(), end - at)]
+                fill(file, info.offset + at * size, [flat_bytes(piece)])
+                yield at, piece
 
     def rows(self, name: str, max_bytes: int) -> Iterator[torch.Tensor]:
         """Yield a matrix as consecutive rows [n, in] of at most about `max_bytes`; each piece lives until the next."""
@@ -167,27 +179,12 @@ class Checkpoint:
         for _, piece in self.chunks(name, buffer):
             yield piece.view(-1, info.shape[1])
 
-    def _read(self, name: str, out: torch.Tensor, step: int, reuse: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
-        """Read `step` elements at a time into `out`, from its start again each time if `reuse`."""
-        info = self.info(name)
-        total = info.nbytes // info.dtype.itemsize
-        try:
-            with info.file.open("rb", buffering=0) as file:
-                file.seek(info.offset)
-                for begin in range(0, total, step) if total else ():
-                    count = min(step, total - begin)
-                    piece = out[:count] if reuse else out[begin : begin + count]
-                    _fill(file, piece, info)
-                    yield begin, piece
-        except OSError as error:
-            raise ModelError(f"cannot read {info.file}: {error.strerror or error}") from None
-
     def digest(self, name: str) -> str:
         """SHA-256 over name, dtype, shape and bytes of one tensor: the same wherever and however it is stored."""
         info = self.info(name)
         sha = hashlib.sha256(f"{name}\0{info.dtype}\0{list(info.shape)}\0".encode())
         for _, piece in self.chunks(name, torch.empty(CHUNK_BYTES, dtype=torch.uint8)):
-            sha.update(_bytes(piece))
+            sha.update(flat_bytes(piece))
         return sha.hexdigest()
 
     def content_digest(self) -> str:
@@ -196,16 +193,3 @@ class Checkpoint:
         for name in sorted(self.names()):
             sha.update(bytes.fromhex(self.digest(name)))
         return sha.hexdigest()
-
-
-def _bytes(flat: torch.Tensor) -> memoryview:
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _fill(file: Any, piece: torch.Tensor, info: TensorInfo) -> None:
-    view = _bytes(piece)
-    while view:
-        count = file.readinto(view)  # may read less than asked for: Linux stops at 2 GiB
-        if not count:
-            raise ModelError(f"{info.file} became shorter while it was read: is something still writing to it?")
-        view = view[count:]

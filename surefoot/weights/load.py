@@ -3,17 +3,19 @@
 Loading is strict: each tensor of the checkpoint is used or matches one of `model.ignored`, each parameter and
 persistent buffer of the model is filled, shapes agree; otherwise one error lists all that is wrong, nothing is loaded.
 
-Memory: parameters are ordinary memory in the dtype they are held in, read straight from the file or, where the dtype or
-the device differs, through a buffer of 16 MB. The peak is the weights as held plus that buffer. A `Converter` takes
-weights row by row to hold them quantised; the peak is then the quantised weights plus some buffers.
+Memory: parameters are ordinary memory in the dtype they are held in, read straight from the file by all threads; where
+the dtype differs, through a small buffer of each thread's, onto another device through one of 16 MB. The peak is the
+weights as held plus the buffers. A `Converter` takes weights row by row to hold them quantised; the peak is then the
+quantised weights plus some buffers.
 """
 
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import as_completed
+from concurrent.futures import Executor, Future, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,10 +39,13 @@ from surefoot.weights.checkpoint import CHUNK_BYTES, Checkpoint
 from surefoot.weights.header import TensorInfo
 from surefoot.weights.messages import some
 from surefoot.weights.random_init import random_weights
+from surefoot.weights.reader import Span, read, spans
+from surefoot.weights.workers import count as num_workers
 from surefoot.weights.workers import workers
 
 __all__ = ["LoadReport", "Progress", "load_weights", "random_weights"]
 
+CAST_BYTES = 32 << 20  # a thread's share of a tensor that is held in another dtype
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -63,44 +68,60 @@ def load_weights(
     dtype: torch.dtype,
     progress: Progress | None = None,
     converter: Converter | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> LoadReport:
-    """Fill `model` from `checkpoint`. `dtype` is the default; `model.param_dtype` may hold some tensors otherwise."""
+    """Fill `model` from `checkpoint`. `dtype` is the default; `model.param_dtype` may hold some tensors otherwise.
+
+    `meanwhile` is called while other threads read: a place for what holds the interpreter's lock for long.
+    """
     started = time.monotonic()
     plan = match(model, checkpoint)
     report = LoadReport(used=len(plan.targets()), ignored=plan.ignored)
     converted = _to_convert(model, plan, converter)
     plain = {source: name for source, name in plan.sources.items() if name not in converted}
-    slots = tensor_slots(model)
-    sources = [*plain, *converted.values()]
-    total = sum(checkpoint.info(source).nbytes for source in sources) or 1
-    buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
-    done = 0
-
-    def count(source: str, nbytes: int) -> None:
-        nonlocal done
-        report.bytes += nbytes
-        done += checkpoint.info(source).nbytes
-        if progress:
-            progress("loading weights", done / total)
-
-    for source, info in checkpoint.names().items():  # order on disk: sequential reading
-        name = plain.get(source)
-        if name is None:
-            continue
-        held = held_dtype(model, name, slots[name], dtype, info.dtype)
-        tensor = hugepages.empty(info.shape, held, device)
-        _read(checkpoint, source, tensor, buffer)
-        place(model, name, tensor)
-        count(source, tensor.nbytes)
+    count = _counter(sum(checkpoint.info(source).nbytes for source in (*plain, *converted.values())), progress)
+    tensors = _allocate(model, plain, checkpoint, device, dtype)
+    begun = threading.Semaphore(0)
+    with workers() as pool:
+        on_cpu = torch.device(device).type == "cpu"
+        jobs = _reading(pool, checkpoint, tensors, begun) if on_cpu else {}
+        layers = {
+            pool.submit(_convert, model, checkpoint, device, converter, name, source): name
+            for name, source in converted.items()
+        }
+        for _ in range(min(len(jobs), num_workers())):
+            begun.acquire()
+        meanwhile()
+        if not on_cpu:
+            _read_in_turn(checkpoint, tensors, count)
+        for future in as_completed([*jobs, *layers]):
+            future.result()
+            count(jobs[future] if future in jobs else checkpoint.info(converted[layers[future]]).nbytes)
+    for source, name in plain.items():
+        place(model, name, tensors[source])
+        report.bytes += tensors[source].nbytes
     for alias, name in plan.aliases.items():
         if name not in converted:
-            _check_equal(checkpoint, alias, name, model, buffer)
-    if converter:
-        _convert(model, converted, checkpoint, device, converter, count)
+            _check_equal(checkpoint, alias, name, model)
+    for future, name in layers.items():
+        assert converter is not None
+        report.bytes += place_converted(model, converter, name, future.result())
     tie(model)
     model.finalize()
     report.seconds = time.monotonic() - started
     return report
+
+
+def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress("loading weights", done / (total or 1))
+
+    return count
 
 
 def _to_convert(model: Any, plan: Plan, converter: Converter | None) -> dict[str, str]:
@@ -113,24 +134,61 @@ def _to_convert(model: Any, plan: Plan, converter: Converter | None) -> dict[str
 
 
 def _convert(
-    model: Any,
-    converted: dict[str, str],
-    checkpoint: Checkpoint,
-    device: torch.device | str,
-    converter: Converter,
-    count: Callable[[str, int], None],
-) -> None:
-    """Each tensor is read, row by row, and converted by one thread."""
+    model: Any, checkpoint: Checkpoint, device: torch.device | str, converter: Any, name: str, source: str
+) -> nn.Module:
+    layer = model.get_submodule(name.rpartition(".")[0])
+    return converter.convert(name, layer, checkpoint.rows(source, CONVERT_BYTES), device)
 
-    def convert(name: str, source: str) -> nn.Module:
-        layer = model.get_submodule(name.rpartition(".")[0])
-        return converter.convert(name, layer, checkpoint.rows(source, CONVERT_BYTES), device)
 
-    with workers() as pool:
-        pending = {pool.submit(convert, name, source): name for name, source in converted.items()}
-        for future in as_completed(pending):
-            name = pending[future]
-            count(converted[name], place_converted(model, converter, name, future.result()))
+def _allocate(
+    model: Any, plain: dict[str, str], checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Memory for each tensor that is not converted, by its name in the checkpoint, in the order of the disk."""
+    slots = tensor_slots(model)
+    held = {
+        source: held_dtype(model, plain[source], slots[plain[source]], dtype, info.dtype)
+        for source, info in checkpoint.names().items()
+        if source in plain
+    }
+    return {source: hugepages.empty(checkpoint.info(source).shape, d, device) for source, d in held.items()}
+
+
+def _reading(
+    pool: Executor, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], begun: threading.Semaphore
+) -> dict[Future, int]:
+    """Jobs that fill tensors on the CPU, and the bytes that each reads. `begun` is released when a job has begun."""
+    infos = {source: checkpoint.info(source) for source in tensors}
+    same = [(infos[source], tensor) for source, tensor in tensors.items() if tensor.dtype == infos[source].dtype]
+
+    def fill(span: Span) -> None:
+        try:
+            read(span, begun.release)
+        finally:
+            begun.release()  # also if it failed before it began
+
+    def cast(source: str, flat: torch.Tensor, begin: int, end: int) -> None:
+        begun.release()
+        for at, piece in checkpoint.chunks(source, torch.empty(CONVERT_BYTES, dtype=torch.uint8), begin, end):
+            flat[at : at + piece.numel()].copy_(piece)
+
+    jobs = {pool.submit(fill, span): span.nbytes for span in spans(same, num_workers())}
+    for source, tensor in tensors.items():
+        size, flat = infos[source].dtype.itemsize, tensor.view(-1)
+        if tensor.dtype != infos[source].dtype:
+            for begin in range(0, flat.numel(), CAST_BYTES // size):
+                end = min(flat.numel(), begin + CAST_BYTES // size)
+                jobs[pool.submit(cast, source, flat, begin, end)] = (end - begin) * size
+    return jobs
+
+
+def _read_in_turn(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], count: Callable[[int], None]) -> None:
+    """Onto a device, by one thread and through one buffer."""
+    buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+    for source, tensor in tensors.items():
+        flat = tensor.view(-1)
+        for at, piece in checkpoint.chunks(source, buffer):
+            flat[at : at + piece.numel()].copy_(piece)
+        count(checkpoint.info(source).nbytes)
 
 
 def match(model: Any, checkpoint: Checkpoint) -> Plan:
@@ -203,19 +261,10 @@ def _refuse_dtypes(checkpoint: Checkpoint, pairs: dict[str, tuple[TensorInfo, to
         )
 
 
-def _read(checkpoint: Checkpoint, source: str, tensor: torch.Tensor, buffer: torch.Tensor) -> None:
-    if tensor.device.type == "cpu" and tensor.dtype == checkpoint.info(source).dtype:
-        checkpoint.read_into(source, tensor)
-        return
-    flat = tensor.view(-1)
-    for begin, piece in checkpoint.chunks(source, buffer):
-        flat[begin : begin + piece.numel()].copy_(piece)
-
-
-def _check_equal(checkpoint: Checkpoint, alias: str, name: str, model: nn.Module, buffer: torch.Tensor) -> None:
+def _check_equal(checkpoint: Checkpoint, alias: str, name: str, model: nn.Module) -> None:
     """A tensor that is stored although it is tied must be the same, else the file contradicts the config."""
     held = model.get_parameter(name).detach().view(-1)
-    for begin, piece in checkpoint.chunks(alias, buffer):
+    for begin, piece in checkpoint.chunks(alias, torch.empty(CHUNK_BYTES, dtype=torch.uint8)):
         ours = held[begin : begin + piece.numel()].cpu()
         if not torch.equal(ours.view(torch.uint8), piece.to(ours.dtype).view(torch.uint8)):
             raise ModelError(
