@@ -1,5 +1,5 @@
 // Causal attention over paged keys and values, with an online softmax; sums are in fp32, and so are products, but for those
-// of a prefill in bf16 where the machine multiplies bf16 (attention_products.h).
+// of a prefill in bf16 where the machine multiplies bf16 (attention_prefill.h).
 //
 // A request with one new token (decode) is split into parts of PART cached tokens; one with more (prefill) into blocks of
 // query tokens. Both walk the cache in blocks of BT tokens counted from its start, so a token's result does not depend on
@@ -7,12 +7,12 @@
 #pragma once
 #include <math.h>
 
-#include "attention_products.h"
+#include "attention_prefill.h"
 
 namespace sf {
 namespace SF_ISA {
 
-constexpr long PART = 512, QUERY_ROWS = 96;
+constexpr long PART = 512;
 
 // Turns a row of BT scores into weights; returns by how much earlier sums shrink. Scores from `valid` on count as absent.
 static inline float softmax_block(float* s, long valid, float* top, float* total) {
@@ -165,44 +165,19 @@ template <class T> static void decode_part(const Job<T>& j, long request, long k
   heads(Int<1>());
 }
 
-// Block of query tokens [first, first + n) of a request, all heads of one KV head: rows are (token, head).
-template <class P, class T> static void prefill_block(const Job<T>& j, long request, long kv_head, long first, long n) {
-  typedef typename P::X X;
+// Query tokens [begin, begin + n) of a request's new ones, all heads of one KV head.
+template <class P, class T> static void prefill_block(const Job<T>& j, long request, long kv_head, long begin, long n) {
   const Attention& a = j.a;
-  const long rows = n * j.group, Dp = j.Dp, new_tokens = a.starts[request + 1] - a.starts[request];
-  const long position = a.lens[request] - new_tokens + first, row0 = a.starts[request] + first;
-  const Pages<T> keys = j.pages(a.k, request, kv_head), values = j.pages(a.v, request, kv_head);
-  float* o = static_cast<float*>(scratch(TASK, size_t(rows * (Dp + BT + 2)) * 4));
-  float *s = o + rows * Dp, *top = s + rows * BT, *total = top + rows;
-  X* q = static_cast<X*>(scratch(TASK_2, size_t(rows * (Dp + BT) + 2 * BT * Dp) * sizeof(X)));
-  X *kt = q + rows * Dp, *v = kt + BT * Dp, *weights = v + BT * Dp;
-  for (long r = 0; r < rows; ++r) {
-    P::query(j.query(row0 + r / j.group, kv_head * j.group + r % j.group), a.D, a.scale, q + r * Dp);
-    top[r] = -INFINITY;
-    total[r] = 0;
-  }
-  memset(o, 0, size_t(rows * Dp) * 4);
-  for (long t0 = 0; t0 < position + n; t0 += BT) {
-    const long valid = min_l(BT, position + n - t0);
-    P::keys(keys, t0, valid, kt);
-    P::values(values, t0, valid, Dp, v);
-    P::scores(q, kt, s, rows, a.D, Dp, a.scale);
-    for (long r = 0; r < rows; ++r) {
-      const long visible = max_l(0, min_l(valid, position + r / j.group + 1 - t0));
-      scale_row(o + r * Dp, Dp, softmax_block(s + r * BT, visible, top + r, total + r));
-    }
-    P::sum(s, weights, v, o, rows, Dp, valid);
-  }
-  for (long r = 0; r < rows; ++r) {
-    T* to = j.out(row0 + r / j.group, kv_head * j.group + r % j.group);
-    for (long d = 0; d < a.D; d += LANES)
-      store_n(to + d, f_mul(f_load(o + r * Dp + d), f_set(1.0f / total[r])), a.D - d);
-  }
+  const long row0 = a.starts[request] + begin, first = a.lens[request] - (a.starts[request + 1] - row0);
+  const auto head = [&](long r) { return kv_head * j.group + r % j.group; };
+  prefill_rows<P>(j.pages(a.k, request, kv_head), j.pages(a.v, request, kv_head), first, n, j.group, a.scale,
+                  [&](long r) { return j.query(row0 + r / j.group, head(r)); },
+                  [&](long r) { return j.out(row0 + r / j.group, head(r)); });
 }
 
 template <class P, class T> static void attention_of(const Attention& a) {
   const Job<T> j{a, a.H / a.Hk, ceil_div(a.D, LANES) * LANES};
-  const long block = max_l(1, QUERY_ROWS / j.group), stride = j.Dp + 2;
+  const long block = max_l(1, TILES * TILE / j.group), stride = j.Dp + 2;
   // Tasks of request i start at first[i]; parts of decode requests are kept in `partial` from cell[i] on.
   long* first = static_cast<long*>(scratch(SCALES, size_t(2 * (a.N + 1)) * sizeof(long)));
   long* cell = first + a.N + 1;
@@ -216,7 +191,8 @@ template <class P, class T> static void attention_of(const Attention& a) {
     work += double(n) * double(a.lens[i]) * double(a.H * a.D);
   }
   float* partial = static_cast<float*>(scratch(PARTIAL, size_t(cell[a.N] * stride) * 4));
-  parallel(first[a.N], work, [&](long task) {
+  parallel(first[a.N], work, [&](long index) {
+    const long task = first[a.N] - 1 - index;  // a prompt's last tokens see most: they begin
     long i = 0;
     while (first[i + 1] <= task) ++i;
     const long n = a.starts[i + 1] - a.starts[i], kv_head = (task - first[i]) % a.Hk, piece = (task - first[i]) / a.Hk;

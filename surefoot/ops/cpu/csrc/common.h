@@ -48,20 +48,27 @@ static SF_INLINE void transpose4(const Int4 r[4], char* to, long step) {
   for (int i = 0; i < 4; ++i) memcpy(to + i * step, &columns[i], 16);
 }
 
+// 2^r for |r| <= 1/2.
+static inline F f_exp2_near_zero(F r) {
+  F p = f_set(1.5353362e-4f);
+  p = f_fma(p, r, f_set(1.3398874e-3f));
+  p = f_fma(p, r, f_set(9.6184373e-3f));
+  p = f_fma(p, r, f_set(5.5503324e-2f));
+  p = f_fma(p, r, f_set(2.4022648e-1f));
+  p = f_fma(p, r, f_set(6.9314720e-1f));
+  return f_fma(p, r, f_set(1.0f));
+}
+// 2^x for x <= 0 to about 2 ulp; 0 below -126, NaN stays NaN.
+static inline F f_exp2(F x) {
+  const F lowest = f_set(-126.0f), c = f_max(lowest, x), n = f_round(c);
+  return f_zero_below(lowest, x, f_scale(f_exp2_near_zero(f_sub(c, n)), n));
+}
 // e^x to about 2 ulp; 0 below -87.3, NaN stays NaN.
 static inline F f_exp(F x) {
-  const F lowest = f_set(-87.3f);
-  const F c = f_max(lowest, f_min(f_set(88.3f), x));
-  const F n = f_round(f_mul(c, f_set(1.44269504088896341f)));
-  const F r = f_fma(n, f_set(2.12194440e-4f), f_fma(n, f_set(-0.693359375f), c));
-  F p = f_set(1.9875691500e-4f);
-  p = f_fma(p, r, f_set(1.3981999507e-3f));
-  p = f_fma(p, r, f_set(8.3334519073e-3f));
-  p = f_fma(p, r, f_set(4.1665795894e-2f));
-  p = f_fma(p, r, f_set(1.6666665459e-1f));
-  p = f_fma(p, r, f_set(5.0000001201e-1f));
-  p = f_fma(p, f_mul(r, r), f_add(r, f_set(1.0f)));
-  return f_zero_below(lowest, x, f_mul(p, f_pow2(n)));
+  const F lowest = f_set(-87.3f), log2_e = f_set(1.44269502f), log2_e_rest = f_set(1.92596300e-8f);
+  const F c = f_max(lowest, f_min(f_set(88.3f), x)), n = f_round(f_mul(c, log2_e));
+  const F r = f_fma(c, log2_e_rest, f_fma(c, log2_e, f_sub(f_zero(), n)));
+  return f_zero_below(lowest, x, f_scale(f_exp2_near_zero(r), n));
 }
 static inline F f_sigmoid(F x) { return f_div(f_set(1.0f), f_add(f_set(1.0f), f_exp(f_sub(f_zero(), x)))); }
 static inline F f_silu(F x) { return f_div(x, f_add(f_set(1.0f), f_exp(f_sub(f_zero(), x)))); }

@@ -1,5 +1,7 @@
-// C += A B for small matrices, row by row, as attention needs them. Each element of C is summed in the order of k, whatever
-// the tile it falls into. Of bf16, two k at a time: `inner` counts pairs, and B holds the two of a column side by side.
+// C = A B, or C = C * by + A B, for the small matrices of attention: lanes run along a row of B, A is repeated over them.
+// Each element of C is summed in the order of k, whatever the tile it falls into.
+//
+// The unit of A and B is a word of 32 bits: one float, or two consecutive k of bf16, summed in fp32.
 #pragma once
 #include "common.h"
 
@@ -8,40 +10,45 @@ namespace SF_ISA {
 
 constexpr int GEMM_ROWS = 6, GEMM_VECTORS = LANES == 16 ? 4 : 2;
 
-template <class X> struct GemmOf {
-  const X* a; long lda;
-  const X* b; long ldb;
+template <class X> struct Gemm {
+  const X* a; long row, step;  // A[m][k] is word m * row + k * step
+  const X* b; long ldb;        // in words
   float* c; long ldc;
-  long rows, columns, inner;  // columns: a multiple of LANES; ldb: columns
+  const float* by;             // [columns], or null: C holds nothing yet
+  long rows, columns, inner;   // columns: a multiple of LANES; inner: in words
 };
-typedef GemmOf<float> Gemm;
 
-static SF_INLINE F gemm_b(const float* b, long k, long ldb, long n) { return f_load(b + k * ldb + n); }
-static SF_INLINE F gemm_a(const float* a, long k) { return f_set(a[k]); }
+static SF_INLINE F gemm_b(const float* b, long word) { return f_load(b + word); }
+static SF_INLINE F gemm_a(const float* a, long word) { return f_set(a[word]); }
 static SF_INLINE F gemm_add(F acc, F a, F b) { return f_fma(a, b, acc); }
 #ifdef SF_DOT_BF16
-typedef GemmOf<bf16> GemmBf16;
-static SF_INLINE I gemm_b(const bf16* b, long k, long ldb, long n) { return bf16_load(b + 2 * (k * ldb + n)); }
-static SF_INLINE I gemm_a(const bf16* a, long k) {
+static SF_INLINE I gemm_b(const bf16* b, long word) { return bf16_load(b + 2 * word); }
+static SF_INLINE I gemm_a(const bf16* a, long word) {
   int32_t pair;
-  memcpy(&pair, a + 2 * k, 4);
+  memcpy(&pair, a + 2 * word, 4);
   return i_set(pair);
 }
 static SF_INLINE F gemm_add(F acc, I a, I b) { return dot_bf16(acc, b, a); }
 #endif
 
-template <int R, int V, class X> static void gemm_tile(const GemmOf<X>& g, long m, long n) {
-  typedef decltype(gemm_b(g.b, 0, 0, 0)) Vector;
+template <int R, int V, class X> static void gemm_tile(const Gemm<X>& g, long m, long n) {
+  typedef decltype(gemm_b(g.b, 0)) Vector;
   F acc[R][V];
-  const X* a = g.a + m * g.lda;
   float* c = g.c + m * g.ldc + n;
-  SF_UNROLL for (int i = 0; i < R; ++i)
-    SF_UNROLL for (int v = 0; v < V; ++v) acc[i][v] = f_load(c + i * g.ldc + v * LANES);
+  if (g.by) {
+    F by[V];
+    SF_UNROLL for (int v = 0; v < V; ++v) by[v] = f_load(g.by + n + v * LANES);
+    SF_UNROLL for (int i = 0; i < R; ++i)
+      SF_UNROLL for (int v = 0; v < V; ++v) acc[i][v] = f_mul(f_load(c + i * g.ldc + v * LANES), by[v]);
+  } else {
+    SF_UNROLL for (int i = 0; i < R; ++i)
+      SF_UNROLL for (int v = 0; v < V; ++v) acc[i][v] = f_zero();
+  }
   for (long k = 0; k < g.inner; ++k) {
     Vector row[V];
-    SF_UNROLL for (int v = 0; v < V; ++v) row[v] = gemm_b(g.b, k, g.ldb, n + v * LANES);
+    SF_UNROLL for (int v = 0; v < V; ++v) row[v] = gemm_b(g.b, k * g.ldb + n + v * LANES);
     SF_UNROLL for (int i = 0; i < R; ++i) {
-      const Vector x = gemm_a(a + i * g.lda, k);
+      const Vector x = gemm_a(g.a, (m + i) * g.row + k * g.step);
       SF_UNROLL for (int v = 0; v < V; ++v) acc[i][v] = gemm_add(acc[i][v], x, row[v]);
     }
   }
@@ -49,26 +56,22 @@ template <int R, int V, class X> static void gemm_tile(const GemmOf<X>& g, long 
     SF_UNROLL for (int v = 0; v < V; ++v) f_store(c + i * g.ldc + v * LANES, acc[i][v]);
 }
 
-template <int R, class X> static void gemm_rows(const GemmOf<X>& g, long m) {
+template <int R, class X> static void gemm_rows(const Gemm<X>& g, long m) {
   long n = 0;
   for (; n + GEMM_VECTORS * LANES <= g.columns; n += GEMM_VECTORS * LANES) gemm_tile<R, GEMM_VECTORS>(g, m, n);
   for (; n < g.columns; n += LANES) gemm_tile<R, 1>(g, m, n);
 }
 
-template <int R, class X> static void gemm_rest(const GemmOf<X>& g, long m, long left) {
+template <int R, class X> static void gemm_rest(const Gemm<X>& g, long m, long left) {
   if (left == R) gemm_rows<R>(g, m);
   else if constexpr (R > 1) gemm_rest<R - 1>(g, m, left);
 }
 
-template <class X> static void gemm_of(const GemmOf<X>& g) {
+template <class X> static void gemm(const Gemm<X>& g) {
   long m = 0;
   for (; m + GEMM_ROWS <= g.rows; m += GEMM_ROWS) gemm_rows<GEMM_ROWS>(g, m);
   if (m < g.rows) gemm_rest<GEMM_ROWS - 1>(g, m, g.rows - m);
 }
-static void gemm(const Gemm& g) { gemm_of(g); }
-#ifdef SF_DOT_BF16
-static void gemm_bf16(const GemmBf16& g) { gemm_of(g); }
-#endif
 
 }  // namespace SF_ISA
 }  // namespace sf

@@ -28,6 +28,7 @@ static inline F f_round(F x) { return _mm256_round_ps(x, 8); }
 static inline F f_pow2(F n) {  // 2^n of integral n in [-126, 127]
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
+static inline F f_scale(F x, F n) { return f_mul(x, f_pow2(n)); }  // x * 2^n
 static inline F f_zero_below(F limit, F x, F y) {  // y, but 0 in lanes where x < limit
   return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), y);
 }

@@ -25,9 +25,7 @@ static inline F f_min(F a, F b) { return _mm512_min_ps(a, b); }
 static inline F f_max(F a, F b) { return _mm512_max_ps(a, b); }
 static inline F f_abs(F x) { return _mm512_abs_ps(x); }
 static inline F f_round(F x) { return _mm512_roundscale_ps(x, 8); }
-static inline F f_pow2(F n) {  // 2^n of integral n in [-126, 127]
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
-}
+static inline F f_scale(F x, F n) { return _mm512_scalef_ps(x, n); }  // x * 2^n
 static inline F f_zero_below(F limit, F x, F y) {  // y, but 0 in lanes where x < limit
   return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), _mm512_setzero_ps());
 }
@@ -57,6 +55,13 @@ static inline F load(const bf16* p) {
 static inline F load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 static inline void store(float* p, F x) { f_store(p, x); }
 static inline void store(bf16* p, F x) {
+#ifdef __AVX512BF16__
+  if (!_mm512_fpclass_ps_mask(x, 0x20)) {  // the instruction would turn subnormals into 0
+    const __m256bh r = _mm512_cvtneps_pbh(x);
+    memcpy(p, &r, sizeof r);
+    return;
+  }
+#endif
   const __m512i u = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
@@ -158,9 +163,12 @@ template <class S> static inline F w4_scales_32(const S* p) {
 constexpr int BF16_STEP = 32;
 static inline I bf16_load(const bf16* p) { return _mm512_loadu_si512(p); }
 static inline F dot_bf16(F acc, I w, I a) { SF_DOT("vdpbf16ps", acc, w, a); return acc; }
-static inline void bf16_store(bf16* p, F x) {  // rounds like `store`, but flushes subnormals
-  const __m256bh r = _mm512_cvtneps_pbh(x);
-  memcpy(p, &r, sizeof r);
+// Rounds like `store`, but flushes subnormals.
+static inline void bf16_pairs(F even, F odd, bf16* to) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+  const __m512i each = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                        20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(each, both));
 }
 static inline void bf16_pairs(const bf16* even, const bf16* odd, bf16* to) {  // even[0], odd[0], even[1], ...
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)even));

@@ -28,6 +28,7 @@ static inline F f_round(F x) { return vrndnq_f32(x); }
 static inline F f_pow2(F n) {  // 2^n of integral n in [-126, 127]
   return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23));
 }
+static inline F f_scale(F x, F n) { return f_mul(x, f_pow2(n)); }  // x * 2^n
 static inline F f_zero_below(F limit, F x, F y) {  // y, but 0 in lanes where x < limit
   return vbslq_f32(vcltq_f32(x, limit), f_zero(), y);
 }

@@ -33,6 +33,7 @@ static inline F f_round(F x) { return f_map([&](int i) { return rintf(x.v[i]); }
 static inline F f_pow2(F n) {  // 2^n of integral n in [-126, 127]
   return f_map([&](int i) { return n.v[i] == n.v[i] ? bits_to_float(uint32_t(int32_t(n.v[i]) + 127) << 23) : n.v[i]; });
 }
+static inline F f_scale(F x, F n) { return f_mul(x, f_pow2(n)); }  // x * 2^n
 static inline F f_zero_below(F limit, F x, F y) {  // y, but 0 in lanes where x < limit
   return f_map([&](int i) { return x.v[i] < limit.v[i] ? 0.0f : y.v[i]; });
 }
