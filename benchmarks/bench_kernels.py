@@ -213,7 +213,7 @@ def main() -> None:
     if args.isa:
         cpu.kernels.set_isa(args.isa)
     torch.set_num_threads(args.threads)
-    print(f"{cpu.instruction_set()}, {args.threads} threads ({cpu.kernels.pool()}'s), {args.repeats} rounds")
+    print(f"{cpu.instruction_set()}, {args.threads} threads, {args.repeats} rounds")
     if args.one_pool:
         one_pool(args.repeats)
         return

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-import threading
 import warnings
 
 import pytest
@@ -259,29 +258,6 @@ def test_the_number_of_threads_changes_nothing(isa, threads):
         results.append([ops.linear(x, w), ops.paged_attention(**call), ops.gated_delta_chunk(**copy.deepcopy(delta))])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
-
-
-def test_kernels_run_on_pytorchs_threads():
-    assert cpu.kernels.pool() == "torch"
-
-
-def test_several_python_threads_at_once():
-    """The GIL is released: concurrent calls must not share scratch memory."""
-    x, w = randn(8, 1024), randn(512, 1024, seed=1)
-    expected = ops.linear(x, w)
-    wrong = []
-
-    def work():
-        for _ in range(30):
-            if not torch.equal(ops.linear(x, w), expected):
-                wrong.append(1)
-
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for t in workers:
-        t.start()
-    for t in workers:
-        t.join()
-    assert not wrong
 
 
 def test_without_the_extension_everything_runs_and_says_so_once():

@@ -8,7 +8,6 @@
 #include "isa_select.h"
 #include "kernels.h"
 #include "plain.h"
-#include "threads.h"
 
 namespace {
 
@@ -213,8 +212,6 @@ PyObject* set_isa(PyObject*, PyObject* name) {
   return nullptr;
 }
 
-PyObject* pool(PyObject*, PyObject*) { return PyUnicode_FromString(thread_pool_name()); }
-
 #define FAST(name, doc) {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(name)), METH_FASTCALL, doc}
 
 PyMethodDef methods[] = {
@@ -232,7 +229,6 @@ PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "name of the instruction set in use"},
     {"isas", isas, METH_NOARGS, "names of the instruction sets that this processor can run, best first"},
     {"set_isa", set_isa, METH_O, "use another instruction set, for tests and comparisons"},
-    {"pool", pool, METH_NOARGS, "whose threads run the kernels: torch or own"},
     {nullptr, nullptr, 0, nullptr},
 };
 
