@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from surefoot import canaries
 from surefoot.core.errors import InputError, ModelError, SurefootError
+from surefoot.weights import tokenizer_files
 from surefoot.weights.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -214,6 +215,83 @@ def with_template(folder: Path, template: str | None) -> Tokenizer:
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     return Tokenizer.load(folder)
+
+
+TEMPLATES = [
+    "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}|"
+    "{{ bos_token }}{{ eos_token }}{{ tools }}{{ documents }}|{{ unknown }}",
+    "{{ messages | tojson }}{{ {'b': '<é>', 'a': 1} | tojson(indent=1, sort_keys=true) }}",
+    "{% set ns = namespace(n=1) %}{% for m in messages %}{% set ns.n = 1 + ns.n %}{% endfor %}{{ ns.n, dict(a=1) }}",
+    "  {% if true %}\n  x\n  {% endif %}\n{{ strftime_now('%Y') }}{{ mood }}",
+    "{% for m in messages %}{{ m.reasoning_content }}{{ m.thinking }}{{ m | length }}{% endfor %}",
+]
+ODD_CHAT = [*CHAT, {"role": "assistant", "content": None, "reasoning": "why", "tool_calls": [{"name": "f"}]}]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_templates_mean_what_they_mean_in_transformers(canary_copy, template):
+    tokenizer = with_template(canary_copy, template)
+    given = {"tools": [{"type": "function"}], "mood": "calm"}
+    from transformers.utils import chat_template_utils
+
+    # Older ones do not know of reasoning, and show fields without a value.
+    chat = ODD_CHAT if hasattr(chat_template_utils, "_alias_reasoning_fields") else CHAT
+    theirs = tokenizer.hf.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **given)
+    assert tokenizer.render_chat(chat, **given) == theirs
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{% set ns = namespace(__init__=1) %}",
+        "{{ dict.mro() }}",
+    ],
+)
+def test_templates_stay_in_their_sandbox(canary_copy, template):
+    with pytest.raises(InputError):
+        assert with_template(canary_copy, template).render_chat(CHAT) == "unreachable"
+
+
+@pytest.mark.parametrize("name", [n for n in FOLDERS if n != "stories260K"])
+def test_without_transformers_it_is_the_same_tokenizer(tokenizer_of, name):
+    tokenizer = tokenizer_of(name)
+    theirs = Tokenizer(FOLDERS[name], None, *({"eos_token_id": sorted(tokenizer.eos_token_ids)}, {}))
+    assert theirs._backend is theirs.hf.backend_tokenizer and tokenizer._backend is not theirs._backend
+    for attribute in ("vocab_size", "_special", "eos_token_ids", "bos_token_id", "special_tokens", "chat_template"):
+        assert getattr(tokenizer, attribute) == getattr(theirs, attribute), attribute
+    assert tokenizer._byte_level == theirs._byte_level and tokenizer.vocab_size == len(theirs.hf)
+
+
+CHANGES = {
+    "another class": {"tokenizer_class": "LlamaTokenizer"},
+    "a token to add": {"added_tokens_decoder": {"5": {"content": "<new>", "special": True}}},
+    "another flag": {"added_tokens_decoder": {"0": {"special": False}}},
+    "a special token that is none": {"sep_token": "the"},
+    "one more": {"additional_special_tokens": ["<|another|>"]},
+    "another way to split": {"pretokenize_regex": "x+"},
+    "several templates": {"chat_template": [{"name": "default", "template": "x"}]},
+    "specials as text": {"split_special_tokens": True},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_transformers_would_change_is_left_to_it(canary_copy, change):
+    assert tokenizer_files.read(canary_copy) is not None
+    path = canary_copy / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | CHANGES[change]))
+    assert tokenizer_files.read(canary_copy) is None
+
+
+def test_transformers_is_not_imported_where_it_is_not_needed():
+    code = (
+        "import sys; from pathlib import Path; from surefoot.weights.tokenizer import Tokenizer;"
+        "t = Tokenizer.load(Path(sys.argv[1])); ids = t.encode_chat([{'role': 'user', 'content': 'a'}]); t.decode(ids);"
+        "assert 'transformers' not in sys.modules and 'torch' not in sys.modules, 'imported'"
+    )
+    subprocess.run([sys.executable, "-c", code, str(FOLDERS[CANARY])], cwd=ROOT, check=True, timeout=120)
 
 
 TWO_PARTS = [{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}]

@@ -107,7 +107,7 @@ def scaled(path: str, factor: float, backend):
 @contextlib.contextmanager
 def other_template(backend):
     tokenizer = backend.engine.tokenizer
-    tokenizer.hf.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     yield
 
 
@@ -115,7 +115,7 @@ def other_template(backend):
 def double_bos(backend):
     tokenizer = backend.engine.tokenizer
     right = tokenizer.encode_chat
-    tokenizer.encode_chat = lambda messages, **more: [tokenizer.hf.bos_token_id, *right(messages, **more)]
+    tokenizer.encode_chat = lambda messages, **more: [tokenizer.bos_token_id, *right(messages, **more)]
     yield
 
 

@@ -176,7 +176,7 @@ class ServerAsker:
 
 def _template(tokenizer: Any, folder: Path) -> dict[str, Any]:
     """Where the chat template comes from, and its digest."""
-    text = tokenizer.hf.chat_template
+    text = tokenizer.chat_template
     if not text:
         return {"name": "none: questions go in as raw text", "sha256": None}
     digest = hashlib.sha256(str(text).encode()).hexdigest()[:12]

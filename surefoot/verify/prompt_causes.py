@@ -34,7 +34,7 @@ def prompt_mistakes(tokenizer: Any, messages: Sequence[Any]) -> Iterator[tuple[s
     """Id, sentence and token ids of every known way to get a chat prompt wrong."""
     right = tokenizer.encode_chat(messages)
     text = tokenizer.render_chat(messages)
-    bos = getattr(tokenizer.hf, "bos_token_id", None)
+    bos = getattr(tokenizer, "bos_token_id", None)
     if bos is not None:
         without = right[1:] if right[:1] == [bos] else right
         yield "double_bos", "the prompt begins with two BOS tokens", [bos, bos, *without]
@@ -151,7 +151,7 @@ def outside_cause(check: str, folder: Path, target: Any, prompts: Sequence[Any])
 
 def _text_cause(tokenizer: Any, text: str, actual: Sequence[int]) -> Cause | None:
     right = tokenizer.encode(text)
-    bos = getattr(tokenizer.hf, "bos_token_id", None)
+    bos = getattr(tokenizer, "bos_token_id", None)
     if list(actual) == right or bos is None:
         return None
     if list(actual) == [bos, *right] and right[:1] == [bos]:

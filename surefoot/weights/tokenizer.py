@@ -1,4 +1,4 @@
-"""Tokenizer and chat template of a model folder, through transformers' AutoTokenizer.
+"""Tokenizer and chat template of a model folder: by tokenizer.json alone where that is enough, else by transformers.
 
     tokenizer = Tokenizer.load(folder)
     ids = tokenizer.encode_chat([{"role": "user", "content": "中国的首都是哪里?"}])
@@ -6,8 +6,8 @@
     text = "".join(stream.push(i) for i in ids) + stream.flush()      # == tokenizer.decode(ids)
 
 Thread-safe for encoding and rendering: HTTP threads tokenise while the engine detokenises. The fast backend is called
-directly, because the layer above it changes truncation settings in place, which fails with "Already borrowed" when two
-threads meet.
+directly, because transformers' layer above it changes truncation settings in place, which fails with "Already borrowed"
+when two threads meet.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from surefoot.core.errors import InputError, ModelError
+from surefoot.weights import template, tokenizer_files
 from surefoot.weights.chat import ContentFormat, check_messages, render_chat
 from surefoot.weights.detokenize import ByteLevelStream, DecodeStream, WindowStream
 from surefoot.weights.jsonfile import read_json_object
 from surefoot.weights.messages import one_line
+from surefoot.weights.tokenizer_files import TokenizerFiles
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>")  # ChatML (Qwen), Llama 3: end an answer even where no config says so
@@ -38,21 +40,33 @@ BYTE_OF_CHAR = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in en
 class Tokenizer:
     """Text to token ids and back. `generation_defaults`: sampling defaults that generation_config.json recommends."""
 
-    def __init__(self, hf_tokenizer: Any, config: dict[str, Any], generation_config: dict[str, Any]) -> None:
-        self.hf = hf_tokenizer
-        self._backend = getattr(hf_tokenizer, "backend_tokenizer", None)
+    def __init__(
+        self, folder: Path, files: TokenizerFiles | None, config: dict[str, Any], generation_config: dict[str, Any]
+    ) -> None:
+        """`files`: None leaves everything to transformers."""
+        self.folder = folder
+        self._backend = files.backend if files else getattr(self.hf, "backend_tokenizer", None)
+        self.special_tokens: dict[str, str] = files.special if files else self.hf.special_tokens_map
+        self.chat_template: Any = files.chat_template if files else self.hf.chat_template
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
-        self.vocab_size = len(hf_tokenizer)
-        self.eos_token_ids = _eos_token_ids(hf_tokenizer, config, generation_config)
+        self.vocab_size = len(self.hf) if self._backend is None else self._backend.get_vocab_size()
+        added = self.hf.added_tokens_decoder if self._backend is None else self._backend.get_added_tokens_decoder()
+        self._special = frozenset(i for i, token in added.items() if token.special)
+        self.bos_token_id = self._named_id("bos_token")
+        ends = {self._named_id("eos_token"), *(i for i, token in added.items() if token.content in END_OF_TURN)}
+        self.eos_token_ids = frozenset(ends - {None}) | _eos_token_ids(config, generation_config)
         names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         self.generation_defaults = {n: generation_config[n] for n in names if generation_config.get(n) is not None}
-        added = hf_tokenizer.added_tokens_decoder
-        self._special = frozenset(i for i, token in added.items() if token.special)
         decoders = _decoder_types(self._backend)
         self._byte_level = decoders == ["ByteLevel"]
         self._byte_fallback = "ByteFallback" in decoders
+
+    @cached_property
+    def hf(self) -> Any:
+        """transformers' tokenizer of the same folder: what the proof compares with, and what strange folders need."""
+        return _from_transformers(self.folder)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -67,21 +81,7 @@ class Tokenizer:
             read_json_object(folder / name) if (folder / name).is_file() else {}
             for name in ("config.json", "generation_config.json")
         ]
-        with _quiet():
-            try:
-                hf_tokenizer = _tokenizer_class(folder).from_pretrained(
-                    str(folder),
-                    local_files_only=True,
-                    use_fast=True,
-                    trust_remote_code=False,
-                )
-            except Exception as error:  # the libraries raise whatever they like
-                for name in ("tokenizer_config.json", "tokenizer.json"):
-                    if (folder / name).is_file():
-                        read_json_object(folder / name)  # broken JSON: says where
-                reason = one_line(f"{type(error).__name__}: {error}")
-                raise ModelError(f"cannot load the tokenizer in {folder} ({reason})") from None
-        return cls(hf_tokenizer, *configs)
+        return cls(folder, tokenizer_files.read(folder), *configs)
 
     @classmethod
     def try_load(cls, folder: Path) -> Tokenizer | None:
@@ -136,7 +136,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self.hf.chat_template)
+        return bool(self.chat_template)
 
     def render_chat(self, messages: Sequence[Any], add_generation_prompt: bool = True, **template_kwargs: Any) -> str:
         """The prompt text of a chat. `template_kwargs` reach the template: tools, enable_thinking, date_string, ..."""
@@ -158,13 +158,20 @@ class Tokenizer:
         )
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, **kwargs: Any) -> str:
-        return self.hf.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
-        )
+        chosen = self.chat_template
+        if isinstance(chosen, dict):  # by name
+            chosen = chosen.get("tool_use" if kwargs.get("tools") else "default") or next(iter(chosen.values()))
+        return template.render(chosen, messages, add_generation_prompt, **(self.special_tokens | kwargs))
 
     @cached_property
     def _content_format(self) -> ContentFormat:
         return ContentFormat(self._render)
+
+    def _named_id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        if token is None:
+            return None
+        return self.hf.convert_tokens_to_ids(token) if self._backend is None else self._backend.token_to_id(token)
 
     def _piece(self, token_id: int) -> str | None:
         if self._backend is not None:
@@ -176,8 +183,22 @@ class Tokenizer:
         return piece is not None and BYTE_TOKEN.fullmatch(piece) is not None
 
 
+def _from_transformers(folder: Path) -> Any:
+    with _quiet():
+        try:
+            return _tokenizer_class(folder).from_pretrained(
+                str(folder), local_files_only=True, use_fast=True, trust_remote_code=False
+            )
+        except Exception as error:  # the libraries raise whatever they like
+            for name in ("tokenizer_config.json", "tokenizer.json"):
+                if (folder / name).is_file():
+                    read_json_object(folder / name)  # broken JSON: says where
+            reason = one_line(f"{type(error).__name__}: {error}")
+            raise ModelError(f"cannot load the tokenizer in {folder} ({reason})") from None
+
+
 def _tokenizer_class(folder: Path) -> Any:
-    """AutoTokenizer, or what it comes to for most folders: finding that out takes it longer than loading."""
+    """AutoTokenizer, or what it comes to for many folders: finding that out takes it longer than loading."""
     path = folder / "tokenizer_config.json"
     named = read_json_object(path).get("tokenizer_class") if path.is_file() else None
     if named == "PreTrainedTokenizerFast" and (folder / "tokenizer.json").is_file():
@@ -189,18 +210,14 @@ def _tokenizer_class(folder: Path) -> Any:
     return AutoTokenizer
 
 
-def _eos_token_ids(hf_tokenizer: Any, config: dict[str, Any], generation_config: dict[str, Any]) -> frozenset[int]:
-    """Every id that any of the model's files calls an end, plus the end of a chat turn."""
+def _eos_token_ids(config: dict[str, Any], generation_config: dict[str, Any]) -> frozenset[int]:
+    """Every id that any of the model's configs calls an end."""
     text_config = config.get("text_config")
     sources = [generation_config, config, text_config if isinstance(text_config, dict) else {}]
     found: set[int] = set()
     for source in sources:
         value = source.get("eos_token_id")
         found.update(i for i in (value if isinstance(value, list) else [value]) if type(i) is int)
-    if hf_tokenizer.eos_token_id is not None:
-        found.add(hf_tokenizer.eos_token_id)
-    vocab = hf_tokenizer.get_added_vocab()
-    found.update(vocab[token] for token in END_OF_TURN if token in vocab)
     return frozenset(found)
 
 
