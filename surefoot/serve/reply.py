@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import time
 import uuid
@@ -28,6 +29,7 @@ from surefoot.serve.sampling import for_choice, sampling_params, scores_only
 from surefoot.serve.worker import Choice, Stream
 
 DONE = b"data: [DONE]\n\n"
+to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode  # one encoder for all events
 
 
 class Reply(ABC):
@@ -97,8 +99,10 @@ class Reply(ABC):
         choices = [self.choice(i, completion) for i, completion in enumerate(completions)]
         return {**self._head, "object": self.object, "choices": choices, "usage": self.usage()}
 
-    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "object": self.chunk_object, "choices": choices}
+    @functools.cached_property
+    def _chunk_head(self) -> str:
+        """What every chunk of a stream begins with, up to its choices: JSON that is written once."""
+        return to_json({**self._head, "object": self.chunk_object, "choices": []}).removesuffix("]}")
 
     def events(self, batch: Iterable[tuple[int, RequestOutput]], with_usage: bool) -> bytes:
         """The server-sent events of one batch of outputs."""
@@ -106,14 +110,14 @@ class Reply(ABC):
         running = options is not None and options.continuous_usage_stats
         for index, output in batch:
             for choice in self.chunk_choices(index, self.see(index, output)):
-                chunk = self.chunk([choice])
+                usage = ""
                 if with_usage:
-                    chunk["usage"] = self.usage() if running else None
-                lines.append(f"data: {json.dumps(chunk, ensure_ascii=False, allow_nan=False)}\n\n")
+                    usage = f', "usage": {to_json(self.usage()) if running else "null"}'
+                lines.append(f"data: {self._chunk_head}{to_json(choice)}]{usage}}}\n\n")
         return "".join(lines).encode()
 
     def usage_event(self) -> bytes:
-        return f"data: {json.dumps(self.chunk([]) | {'usage': self.usage()})}\n\n".encode()
+        return f'data: {self._chunk_head}], "usage": {to_json(self.usage())}}}\n\n'.encode()
 
     @abstractmethod
     def choice(self, index: int, completion: Completion) -> dict[str, Any]:
@@ -135,7 +139,7 @@ async def respond(front: Frontend, reply: Reply, request: Request) -> Response:
             completions = await collect(reply, stream, choices)
         except ClientGoneError as gone:
             return Response(status_code=gone.http_status)
-        whole = await front.in_pool(lambda: json.dumps(reply.whole(completions), ensure_ascii=False, allow_nan=False))
+        whole = await front.in_pool(lambda: to_json(reply.whole(completions)))
     return Response(whole.encode(), media_type=JSONResponse.media_type)
 
 
