@@ -155,6 +155,7 @@ template <class T> static void delta_chunks(const Delta& d) {
   parallel(d.N * d.Hv * slices, double(size * d.Hv * d.Dv), [&](long task) {
     const long request = task / (d.Hv * slices), head = task / slices % d.Hv, begin = d.starts[request];
     const long first = head / (d.Hv / d.Hk) * size + begin * d.Dk;
+    if (begin == d.starts[request + 1]) return;
     float* state = delta_state(d, request, head);
     Ahead ahead{reinterpret_cast<const char*>(state)};
     delta_slice<T>(d, {q + first, k + first}, state, head, task % slices * DELTA_COLUMNS, begin, d.starts[request + 1], ahead);
