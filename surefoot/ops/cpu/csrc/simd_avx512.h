@@ -164,6 +164,13 @@ constexpr int BF16_STEP = 32;
 static inline I bf16_load(const bf16* p) { return _mm512_loadu_si512(p); }
 static inline F dot_bf16(F acc, I w, I a) { SF_DOT("vdpbf16ps", acc, w, a); return acc; }
 // Rounds like `store`, but flushes subnormals.
+// even[0], odd[0], even[1], ...: the first and the second 16 pairs.
+static SF_INLINE void bf16_zip(I even, I odd, I& low, I& high) {
+  const I first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35,
+                                   3, 34, 2, 33, 1, 32, 0);
+  low = _mm512_permutex2var_epi16(even, first, odd);
+  high = _mm512_permutex2var_epi16(even, _mm512_add_epi16(first, _mm512_set1_epi16(16)), odd);
+}
 static inline void bf16_pairs(F even, F odd, bf16* to) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
   const __m512i each = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
