@@ -134,7 +134,8 @@ class Qwen3_5Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         q, k = ops.rotary(self.q_norm(q), self.k_norm(k), cos, sin)
         out = attend(q, k, v, batch, self.layer_idx, self.scale)
-        return self.o_proj(ops.sigmoid_mul(out, gate.flatten(1)))
+        # The gate is every other head of q_proj's result: taken as it lies, it need not be copied.
+        return self.o_proj(ops.sigmoid_mul(out.view_as(gate), gate).flatten(1))
 
 
 class Qwen3_5DecoderLayer(nn.Module):

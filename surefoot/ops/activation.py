@@ -14,7 +14,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """x * sigmoid(gate). x, gate: [T, D]."""
+    """x * sigmoid(gate). x, gate: [T, D] or [T, H, D]."""
     return dispatch(SIGMOID_MUL, x.device.type, (x, gate), {})
 
 
