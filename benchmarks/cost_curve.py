@@ -9,8 +9,11 @@ request has pages of its own. The cases are measured in turn, `--repeats` rounds
 
     decode(B, C) = a + b B + c B C          prefill(n) = a + b n + c n^2        (seconds; least relative error)
 
-and, with --layers, the time inside the linear and the full attention layers is kept beside it (hooks on the modules).
-Writes OUT.json (raw seconds, fits, machine) and OUT.png.
+and, with --layers, the time inside the linear and the full attention layers is kept beside it (hooks on the modules, so
+not with graphs). Writes OUT.json (raw seconds, fits, machine) and OUT.png.
+
+Cases that OUT.json has already are not measured again, so the whole may be had in parts, each while the machine is
+quiet: `--seconds 120` ends after the case that is under way by then, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -33,6 +37,10 @@ from surefoot.core.config import EngineConfig
 from surefoot.core.sampling import SamplingParams
 from surefoot.engine.engine import Engine
 from surefoot.engine.runner import StepResult
+from surefoot.ops.cpu import kernels
+
+# Samples by case: phase -> (batch, context) or (length,) -> seconds of each round (of layers: by kind of layer).
+Raw = dict[str, dict[tuple[int, ...], list]]
 
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -68,12 +76,13 @@ def pretended(engine: Engine) -> Iterator[None]:
 
 def decode(engine: Engine, batch: int, context: int, steps: int = STEPS) -> float:
     """Median seconds of a step in which `batch` requests of about `context` tokens each add one."""
-    params = SamplingParams(max_tokens=steps + 2, ignore_eos=True)
+    params = SamplingParams(max_tokens=steps + 3, ignore_eos=True)
     first = context - steps // 2 - 1
     ids = [engine.add_request([1 + i] * first, params) for i in range(batch)]
     with pretended(engine):
         while engine.scheduler.waiting or any(r.num_computed_tokens < first for r in engine.scheduler.running):
             engine.step()
+    engine.step()  # the first one finds nothing of the weights in the caches
     times = []
     for _ in range(steps):
         started = time.perf_counter()
@@ -137,27 +146,70 @@ def fit(columns: list[list[float]], seconds: list[float]) -> dict:
     }
 
 
-def measure(engine: Engine, args: argparse.Namespace) -> dict:
-    """Raw seconds by case, in rounds."""
-    clock = LayerClock(engine) if args.layers else None
-    room = engine.scheduler.block_pool.num_usable * engine.scheduler.block_pool.block_size
+def cases(engine: Engine, args: argparse.Namespace, raw: Raw) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """What is still to be measured, round by round: phase, (batch, context) or (length,), round."""
+    pool = engine.scheduler.block_pool
+    room = pool.num_usable * pool.block_size
     grid = [(b, c) for b in args.batches for c in args.contexts if b * (c + 2 * engine.info.block_size) <= room]
-    raw: dict[str, dict] = {"decode": {k: [] for k in grid}, "prefill": {n: [] for n in args.lengths}, "layers": {}}
-    decode(engine, 1, 128), prefill(engine, 16, 0)
     for repeat in range(args.repeats):
-        for batch, context in grid:
-            if clock:
-                clock.take(1)
-            raw["decode"][batch, context].append(decode(engine, batch, context))
-            if clock:
-                raw["layers"].setdefault((batch, context), []).append(clock.take(STEPS))
-            show(f"round {repeat + 1} of {args.repeats}: batch {batch}, context {context}")
+        for key in grid:
+            if len(raw["decode"].get(key, [])) <= repeat:
+                yield "decode", key, repeat
         for length in args.lengths:
-            if repeat == 0 or length <= args.repeat_up_to:
-                raw["prefill"][length].append(prefill(engine, length, repeat))
-            show(f"round {repeat + 1} of {args.repeats}: prefill {length}")
-    show("")
-    return raw
+            wanted = repeat + 1 if length <= args.repeat_up_to else 1
+            if len(raw["prefill"].get((length,), [])) < wanted:
+                yield "prefill", (length,), repeat
+
+
+def measure(engine: Engine, args: argparse.Namespace, raw: Raw) -> bool:
+    """Add seconds by case to `raw`; whether all are there now."""
+    clock = LayerClock(engine) if args.layers else None
+    if args.batches and args.contexts:
+        decode(engine, args.batches[0], args.contexts[0])
+    if args.lengths:
+        prefill(engine, args.lengths[0], 0)
+    began = time.perf_counter()
+    for phase, key, repeat in cases(engine, args, raw):
+        if args.seconds is not None and time.perf_counter() - began > args.seconds:
+            return False
+        show(f"round {repeat + 1} of {args.repeats}: {phase} {' x '.join(map(str, key))}")
+        if clock:
+            clock.take(1)
+        seconds = decode(engine, *key) if phase == "decode" else prefill(engine, *key, repeat)
+        raw[phase].setdefault(key, []).append(seconds)
+        if clock and phase == "decode":
+            raw["layers"].setdefault(key, []).append(clock.take(STEPS + 1))
+    return True
+
+
+def limits(engine: Engine) -> dict[str, float]:
+    """What the machine gives now: bytes read a second (from the cache's pages), int8 multiply-adds a second."""
+    if kernels is None:
+        return {}
+    pages = next(layer.k for layer in engine.runner.layers if isinstance(layer, KVPages))
+    reads, peaks = [], []
+    for _ in range(5):
+        started = time.perf_counter()
+        kernels.read(pages.data_ptr(), pages.nbytes)
+        reads.append(pages.nbytes / (time.perf_counter() - started))
+        started = time.perf_counter()
+        done = kernels.peak(0, 500_000)
+        peaks.append(done / (time.perf_counter() - started))
+    return {"read": statistics.median(reads), "int8": statistics.median(peaks)}
+
+
+def earlier(path: Path, settings: dict) -> tuple[Raw, list[dict]]:
+    """Raw seconds and parts that the file holds; a file of other settings is refused."""
+    raw: Raw = {"decode": {}, "prefill": {}, "layers": {}}
+    if not path.exists():
+        return raw, []
+    data = json.loads(path.read_text())
+    if data["settings"] != settings:
+        raise SystemExit(f"{path} was measured with {data['settings']}, this is {settings}: choose another -o")
+    raw["decode"] = {(d["batch"], d["context"]): d["seconds"] for d in data["decode"]}
+    raw["prefill"] = {(p["length"],): p["seconds"] for p in data["prefill"]}
+    raw["layers"] = {(d["batch"], d["context"]): d["seconds"] for d in data["layers"]}
+    return raw, data["parts"]
 
 
 def show(text: str) -> None:
@@ -165,11 +217,11 @@ def show(text: str) -> None:
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def summarise(raw: dict) -> dict:
+def summarise(raw: Raw) -> dict:
     decodes = [
         {"batch": b, "context": c, "seconds": s, "median": statistics.median(s)} for (b, c), s in raw["decode"].items()
     ]
-    prefills = [{"length": n, "seconds": s, "median": statistics.median(s)} for n, s in raw["prefill"].items() if s]
+    prefills = [{"length": n, "seconds": s, "median": statistics.median(s)} for (n,), s in raw["prefill"].items()]
     found: dict = {"decode": decodes, "prefill": prefills, "fit": {}}
     if decodes:
         columns = [[1.0] * len(decodes), [d["batch"] for d in decodes], [d["batch"] * d["context"] for d in decodes]]
@@ -178,8 +230,8 @@ def summarise(raw: dict) -> dict:
         columns = [[1.0] * len(prefills), [p["length"] for p in prefills], [p["length"] ** 2 for p in prefills]]
         found["fit"]["prefill"] = fit(columns, [p["median"] for p in prefills])
     found["layers"] = [
-        {"batch": b, "context": c, **{k: statistics.median(s[k] for s in samples) for k in samples[0]}}
-        for (b, c), samples in raw["layers"].items()
+        {"batch": b, "context": c, "seconds": s, "median": {k: statistics.median(x[k] for x in s) for k in s[0]}}
+        for (b, c), s in raw["layers"].items()
     ]
     return found
 
@@ -211,25 +263,13 @@ def draw(data: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--contexts", type=int, nargs="*", default=CONTEXTS)
-    parser.add_argument("--batches", type=int, nargs="*", default=BATCHES)
-    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--repeat-up-to", type=int, default=1024, help="longer prefills are measured once")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--layers", action="store_true", help="time by kind of layer, too")
-    parser.add_argument(
-        "--kv-tokens", type=int, default=160_000, help="what the cache holds; larger cases are left out"
-    )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="without suffix")
-    args = parser.parse_args()
+def load(args: argparse.Namespace) -> Engine:
     longest = max([*args.contexts, *args.lengths]) + 64
     config = EngineConfig(
         dtype="bfloat16",
         num_threads=args.threads,
+        graph=args.graph,
+        batch_buckets=tuple(args.batches) if args.graph == "full" else None,
         max_num_seqs=max(args.batches, default=1),
         max_model_len=longest,
         kv_cache_tokens=max(args.kv_tokens, longest),
@@ -238,15 +278,61 @@ def main() -> None:
     )
     engine = Engine.load(args.model, config)
     fill_cache(engine)
-    raw = measure(engine, args)
+    return engine
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--contexts", type=int, nargs="*", default=CONTEXTS)
+    parser.add_argument("--batches", type=int, nargs="*", default=BATCHES)
+    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeat-up-to", type=int, default=1024, help="longer prefills are measured once")
+    parser.add_argument("--seconds", type=float, help="measure no longer than this; the same command then goes on")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--graph", choices=["off", "full"], default="off")
+    parser.add_argument("--layers", action="store_true", help="time by kind of layer, too")
+    parser.add_argument(
+        "--kv-tokens", type=int, default=160_000, help="what the cache holds; larger cases are left out"
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, help="without suffix")
+    args = parser.parse_args()
+    if args.layers and args.graph == "full":
+        parser.error("--layers uses hooks, which a captured step passes by: choose --graph off")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    path = args.output.with_suffix(".json")
+    settings = {"model": args.model, "threads": args.threads, "graph": args.graph, "layers": args.layers}
+    raw, parts = earlier(path, settings)
+    engine = load(args)
     info = engine.info
-    data = {"model": args.model, "threads": args.threads, "machine": machine(), "quant": info.quant, "ops": info.ops}
-    data |= summarise(raw)
-    data["model"] = f"{Path(args.model).parent.name} {info.quant.get('scheme', info.dtype)}"
-    args.output.with_suffix(".json").write_text(json.dumps(data, indent=1))
-    draw(data, args.output.with_suffix(".png"))
+    part = {"at": time.strftime("%Y-%m-%d %H:%M"), "commit": commit(), "machine": machine(), "limits": [limits(engine)]}
+    complete = measure(engine, args, raw)
+    show("")
+    part["limits"].append(limits(engine))
+    data = {
+        "model": f"{Path(args.model).parent.name} {info.quant.get('scheme', info.dtype)}",
+        "settings": settings,
+        "parts": [*parts, part],
+        "quant": info.quant,
+        "ops": info.ops,
+        **summarise(raw),
+    }
+    path.write_text(json.dumps(data, indent=1))
+    if data["fit"].get("decode"):
+        draw(data, args.output.with_suffix(".png"))
     for phase, found in data["fit"].items():
         print(phase, " ".join(f"{x:.3e}" for x in found["coefficients"]), found["median_relative_error"])
+    print("complete" if complete else f"{path} holds a part: the same command goes on")
+
+
+def commit() -> str:
+    command, folder = ["git", "rev-parse", "--short", "HEAD"], Path(__file__).parent
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":
