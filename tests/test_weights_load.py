@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -12,7 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from surefoot.core.config import EngineConfig
 from surefoot.core.errors import ModelError
+from surefoot.engine.engine import Engine
+from surefoot.weights import mapped, reader
 from surefoot.weights.checkpoint import Checkpoint
 from surefoot.weights.load import load_weights, random_weights
 
@@ -191,6 +195,90 @@ def test_a_later_overwrite_of_the_file_does_not_reach_the_model(tmp_path):
     with path.open("r+b") as file:
         file.truncate(0)
     assert torch.equal(model.embed_tokens.weight, weights["embed_tokens.weight"])
+
+
+class LookedUp(nn.Embedding):
+    looked_up = True
+
+
+def with_lookup(tied: bool) -> Tiny:
+    model = tiny(tied=tied)
+    with torch.device("meta"):
+        model.embed_tokens = LookedUp(VOCAB, HIDDEN)
+    return model
+
+
+def test_an_embedding_stays_in_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(mapped, "MIN_BYTES", 1)
+    weights = {**tensors(), "lm_head.weight": torch.randn(VOCAB, HIDDEN).bfloat16()}
+    checkpoint = folder_with(tmp_path, weights)
+    model = with_lookup(tied=False)
+    report = load_weights(model, checkpoint, "cpu", torch.bfloat16)
+    assert len(report.mapped.files) == 1 and report.bytes == sum(t.nbytes for t in model.state_dict().values())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    path = tmp_path / "model.safetensors"
+    model.embed_tokens.weight[3] = 1.0  # private to the process
+    assert torch.equal(checkpoint.load("embed_tokens.weight"), weights["embed_tokens.weight"])
+    report.mapped.check()
+    (tmp_path / "new").write_bytes(path.read_bytes()[::-1])
+    (tmp_path / "new").rename(path)
+    report.mapped.check()
+    assert torch.equal(model.embed_tokens.weight[4:], weights["embed_tokens.weight"][4:])
+
+
+def test_a_mapped_file_that_changes_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(mapped, "MIN_BYTES", 1)
+    weights = {**tensors(), "lm_head.weight": torch.randn(VOCAB, HIDDEN).bfloat16()}
+    for change in (lambda file: file.write(b"x"), lambda file: file.truncate(100)):
+        report = load_weights(with_lookup(False), folder_with(tmp_path, weights), "cpu", torch.bfloat16)
+        with (tmp_path / "model.safetensors").open("r+b") as file:
+            change(file)
+        with pytest.raises(ModelError, match=r"model.safetensors was changed while .* load the model again"):
+            report.mapped.check()
+
+
+@pytest.mark.parametrize(("tied", "held"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_what_a_layer_multiplies_by_or_holds_otherwise_is_not_mapped(tmp_path, monkeypatch, tied, held):
+    monkeypatch.setattr(mapped, "MIN_BYTES", 1)
+    weights = tensors() | ({} if tied else {"lm_head.weight": torch.randn(VOCAB, HIDDEN).bfloat16()})
+    report = load_weights(with_lookup(tied), folder_with(tmp_path, weights), "cpu", held)
+    assert not report.mapped.files
+
+
+def test_spans_fill_all_tensors_whatever_their_size(tmp_path, monkeypatch):
+    """Cut in the middle of tensors, gaps between them, empty ones."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [0, 1, 7, 4096, 1 << 16, 3, 12345, 0, 99999]
+    data = {f"t{i}": torch.randint(256, (n,), dtype=torch.uint8, generator=generator) for i, n in enumerate(sizes)}
+    checkpoint = folder_with(tmp_path, data)
+    for least, views, threads in ((1, 1024, 3), (1000, 2, 2), (1 << 20, 1, 16)):
+        monkeypatch.setattr(reader, "MIN_SPAN_BYTES", least)
+        monkeypatch.setattr(reader, "MAX_VIEWS", views)
+        for left_out in ("", "t3"):
+            out = {name: torch.zeros_like(data[name]) for name in checkpoint.names() if name != left_out}
+            parts = reader.spans([(checkpoint.info(name), tensor) for name, tensor in out.items()], threads)
+            assert sum(map(reader.read, parts)) == sum(t.nbytes for t in out.values())
+            assert all(torch.equal(tensor, data[name]) for name, tensor in out.items())
+
+
+def test_what_is_to_be_done_meanwhile_is_done_once(tmp_path):
+    checkpoint, calls = folder_with(tmp_path, tensors()), []
+    for held in (torch.bfloat16, torch.float64):
+        load_weights(tiny(), checkpoint, "cpu", held, meanwhile=functools.partial(calls.append, held))
+    assert calls == [torch.bfloat16, torch.float64]
+
+
+def test_an_engine_checks_its_mapped_files_before_each_step():
+    engine = Engine.load("canary-llama", EngineConfig(kv_cache_tokens=64))
+    engine.score([[1, 2, 3]])
+
+    def changed() -> None:
+        raise ModelError("the file was changed")
+
+    engine.runner.check = changed
+    with pytest.raises(ModelError, match="the file was changed"):
+        engine.score([[1, 2, 3]])
 
 
 def test_random_weights_depend_on_seed_and_name_only():

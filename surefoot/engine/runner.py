@@ -6,7 +6,7 @@ NOTE: this is the only file of engine, layers and models that may copy from devi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -61,7 +61,7 @@ def allocate(model: CausalLM, plan: CachePlan, block_size: int, dtype: torch.dty
 
 class Runner:
     """Owns the model and its cache. `padding` fills steps up to buckets, `graphs` replays captured decode steps; either
-    may be None, and `eagerly` sets the graphs aside for a while."""
+    may be None, and `eagerly` sets the graphs aside for a while. `check` raises if the weights have been changed."""
 
     def __init__(
         self,
@@ -74,14 +74,16 @@ class Runner:
         ops_policy: str = "auto",
         padding: Padding | None = None,
         graphs: DecodeGraphs | None = None,
+        check: Callable[[], object] = lambda: None,
     ):
         self.model, self.device, self.block_size = model, device, block_size
-        self.ops_policy, self.padding, self.graphs = ops_policy, padding, graphs
+        self.ops_policy, self.padding, self.graphs, self.check = ops_policy, padding, graphs, check
         self.layers = allocate(model, plan, block_size, dtype, device)
         self.length_dependent_rope = model.rotary.config.depends_on_length
 
     @torch.inference_mode()
     def run(self, step: Schedule) -> StepResult:
+        self.check()
         with ops.use(self.ops_policy):
             self._prepare_states(step)
             result = StepResult()

@@ -24,6 +24,8 @@ class Linear(nn.Module):
 class Embedding(nn.Module):
     """Token ids [T] -> [T, D]."""
 
+    looked_up = True  # rows of the weight are read, never all of it: it can stay in its file
+
     def __init__(self, num_embeddings: int, embedding_dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim), requires_grad=False)

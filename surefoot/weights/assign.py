@@ -9,17 +9,23 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from surefoot.weights.mapped import MappedFiles
+
 Progress = Callable[[str, "float | None"], None]  # (what is being done, fraction of it done or None)
 
 
 @dataclass
 class LoadReport:
-    """What was loaded. bytes: as held by the model, tied tensors once; ignored: tensors left out, by pattern."""
+    """What was loaded. bytes: as held by the model, tied tensors once; ignored: tensors left out, by pattern.
+
+    mapped: what was left in its file.
+    """
 
     used: int = 0
     bytes: int = 0
     seconds: float = 0.0
     ignored: dict[str, int] = field(default_factory=dict)
+    mapped: MappedFiles = field(default_factory=MappedFiles)
 
 
 class Converter(Protocol):

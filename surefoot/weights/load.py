@@ -6,7 +6,7 @@ persistent buffer of the model is filled, shapes agree; otherwise one error list
 Memory: parameters are ordinary memory in the dtype they are held in, read straight from the file by all threads; where
 the dtype differs, through a small buffer of each thread's, onto another device through one of 16 MB. The peak is the
 weights as held plus the buffers. A `Converter` takes weights row by row to hold them quantised; the peak is then the
-quantised weights plus some buffers.
+quantised weights plus some buffers. An embedding on a CPU stays in its file (mapped.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor, Future, as_completed
 from dataclasses import dataclass
 from typing import Any
@@ -79,11 +79,17 @@ def load_weights(
     report = LoadReport(used=len(plan.targets()), ignored=plan.ignored)
     converted = _to_convert(model, plan, converter)
     plain = {source: name for source, name in plan.sources.items() if name not in converted}
-    count = _counter(sum(checkpoint.info(source).nbytes for source in (*plain, *converted.values())), progress)
-    tensors = _allocate(model, plain, checkpoint, device, dtype)
+    on_cpu = torch.device(device).type == "cpu"
+    held = _held(model, plain, checkpoint, dtype)
+    mapped: dict[str, torch.Tensor] = {}
+    for source, name in plain.items() if on_cpu else ():
+        info = checkpoint.info(source)
+        if held[source] == info.dtype and _looked_up(model, name, converted) and report.mapped.takes(info):
+            mapped[source] = report.mapped.map(info)
+    tensors = {s: hugepages.empty(checkpoint.info(s).shape, d, device) for s, d in held.items() if s not in mapped}
+    count = _counter(sum(checkpoint.info(source).nbytes for source in (*tensors, *converted.values())), progress)
     begun = threading.Semaphore(0)
     with workers() as pool:
-        on_cpu = torch.device(device).type == "cpu"
         jobs = _reading(pool, checkpoint, tensors, begun) if on_cpu else {}
         layers = {
             pool.submit(_convert, model, checkpoint, device, converter, name, source): name
@@ -97,9 +103,9 @@ def load_weights(
         for future in as_completed([*jobs, *layers]):
             future.result()
             count(jobs[future] if future in jobs else checkpoint.info(converted[layers[future]]).nbytes)
-    for source, name in plain.items():
-        place(model, name, tensors[source])
-        report.bytes += tensors[source].nbytes
+    for source, tensor in {**mapped, **tensors}.items():
+        place(model, plain[source], tensor)
+        report.bytes += tensor.nbytes
     for alias, name in plan.aliases.items():
         if name not in converted:
             _check_equal(checkpoint, alias, name, model)
@@ -140,17 +146,20 @@ def _convert(
     return converter.convert(name, layer, checkpoint.rows(source, CONVERT_BYTES), device)
 
 
-def _allocate(
-    model: Any, plain: dict[str, str], checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Memory for each tensor that is not converted, by its name in the checkpoint, in the order of the disk."""
+def _held(model: Any, plain: dict[str, str], checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype to hold each plain tensor in, by its name in the checkpoint, in the order of the disk."""
     slots = tensor_slots(model)
-    held = {
+    return {
         source: held_dtype(model, plain[source], slots[plain[source]], dtype, info.dtype)
         for source, info in checkpoint.names().items()
         if source in plain
     }
-    return {source: hugepages.empty(checkpoint.info(source).shape, d, device) for source, d in held.items()}
+
+
+def _looked_up(model: Any, name: str, converted: Collection[str]) -> bool:
+    """Whether rows of this tensor are read, never all of it: an embedding that no output layer shares."""
+    shared = any(name == tied for alias, tied in model.tied.items() if alias not in converted)
+    return not shared and getattr(model.get_submodule(name.rpartition(".")[0]), "looked_up", False)
 
 
 def _reading(

@@ -19,7 +19,7 @@ import torch
 from surefoot.core.errors import ModelError
 from surefoot.weights.header import TensorInfo
 
-SPAN_BYTES = 512 << 20
+SPAN_BYTES = 1 << 30
 MIN_SPAN_BYTES = 4 << 20
 MAX_VIEWS = 1024  # IOV_MAX of Linux and macOS
 
@@ -43,7 +43,8 @@ def spans(targets: Iterable[tuple[TensorInfo, torch.Tensor]], threads: int) -> l
     """What fills all targets, in even parts; they are contiguous, on the CPU, in dtype and order as on disk."""
     wanted = [(info, flat_bytes(tensor)) for info, tensor in targets]
     total = sum(info.nbytes for info, _ in wanted)
-    size = min(SPAN_BYTES, max(MIN_SPAN_BYTES, -(-total // threads)))
+    calls = threads * -(-total // (threads * SPAN_BYTES)) or 1
+    size = max(MIN_SPAN_BYTES, -(-total // calls))
     found: list[Span] = []
     for info, view in wanted:
         begin = 0
@@ -55,7 +56,8 @@ def spans(targets: Iterable[tuple[TensorInfo, torch.Tensor]], threads: int) -> l
             span.views.append(view[begin:end])
             span.nbytes += end - begin
             begin = end
-    return found
+    # A thread that has read its first span may have to wait for the interpreter's lock before it gets another one.
+    return sorted(found, key=lambda span: -span.nbytes)
 
 
 def read(span: Span, begins: Callable[[], object] = lambda: None) -> int:

@@ -55,8 +55,9 @@ class Tokenizer:
         added = self.hf.added_tokens_decoder if self._backend is None else self._backend.get_added_tokens_decoder()
         self._special = frozenset(i for i, token in added.items() if token.special)
         self.bos_token_id = self._named_id("bos_token")
-        ends = {self._named_id("eos_token"), *(i for i, token in added.items() if token.content in END_OF_TURN)}
-        self.eos_token_ids = frozenset(ends - {None}) | _eos_token_ids(config, generation_config)
+        ends = {i for i, token in added.items() if token.content in END_OF_TURN}
+        eos = self._named_id("eos_token")
+        self.eos_token_ids = _eos_token_ids(config, generation_config) | ends | (set() if eos is None else {eos})
         names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         self.generation_defaults = {n: generation_config[n] for n in names if generation_config.get(n) is not None}
         decoders = _decoder_types(self._backend)
