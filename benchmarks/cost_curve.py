@@ -258,6 +258,10 @@ def draw(data: dict, path: Path) -> None:
         right.plot(xs, a + b * xs + c * xs**2, linewidth=1)
         right.plot(*zip(*mine), "o", markersize=4)
     right.set(xscale="log", yscale="log", xlabel="prompt, tokens", ylabel="prefill, s", title="Prefill")
+    for axis in (left.xaxis, left.yaxis, right.xaxis, right.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
+    left.set_yticks([t for t in (20, 30, 50, 100, 200, 300, 500, 1000) if left.get_ylim()[0] < t < left.get_ylim()[1]])
     figure.suptitle(f"{data['model']}: points are medians, lines the fit", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
