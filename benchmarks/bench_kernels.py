@@ -87,16 +87,13 @@ def weights(kind: str, outer: int, inner: int):
     """Arguments after x of the op that multiplies by one random weight."""
     if kind.startswith("w8"):
         act = "int8" if kind == "w8a8" else "float"
-        return ops.linear_w8, (
-            torch.randint(-127, 128, (outer, inner), dtype=torch.int8),
-            torch.rand(outer) / 1000,
-            None,
-            act,
-        )
+        q, scale = torch.randint(-127, 128, (outer, inner), dtype=torch.int8), torch.rand(outer) / 1000
+        return ops.linear_w8, (q, scale, None, act, "panels" if cpu.pack_(q, scale) else "rows")
     if kind.startswith("w4"):
         packed = pack_int4(torch.randint(-8, 8, (64, inner))).repeat(outer // 64, 1)
         act = "int8" if kind == "w4a8" else "float"
-        return ops.linear_w4, (packed, (torch.rand(outer, inner // 32) / 100).bfloat16(), 32, None, act)
+        scale = (torch.rand(outer, inner // 32) / 100).bfloat16()
+        return ops.linear_w4, (packed, scale, 32, None, act, "panels" if cpu.pack_(packed, scale) else "rows")
     dtype = torch.bfloat16 if kind.endswith("bf16") else torch.float32
     w = torch.randn(64, inner).repeat(outer // 64, 1).to(dtype)
     return (F.linear if kind.startswith("torch") else ops.linear), (w,)

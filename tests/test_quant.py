@@ -13,6 +13,7 @@ from surefoot.core.sampling import SamplingParams
 from surefoot.engine.engine import Engine
 from surefoot.layers.quant_linear import quantised, shapes
 from surefoot.models.registry import build
+from surefoot.ops import cpu
 from surefoot.ops.quant import dequantise_int4, pack_int4
 from surefoot.quant.folder import write_quantised
 from surefoot.quant.packing import pack_int8, unpack_int8
@@ -198,7 +199,7 @@ def test_random_weights_are_quantised_as_they_are_drawn(tmp_path):
     assert set(quantised(model)) == set(chosen.modules) >= {"lm_head"}
     for name, layer in quantised(model).items():
         expected = quantise_rows(weights[f"{name}.weight"], chosen.scheme, name)
-        assert torch.equal(layer.weight, expected["weight"])
+        assert torch.equal(layer.rows()[0], expected["weight"])
         assert torch.equal(layer.weight_scale, expected["weight_scale"])
     assert torch.equal(model.model.embed_tokens.weight, weights["model.embed_tokens.weight"])
     assert report.bytes == sum(p.nbytes for p in model.parameters())
@@ -217,19 +218,24 @@ def test_int8_keeps_the_canaries_answers(canary, name):
         assert done.text == known["answer"]
 
 
-def test_groups_that_the_kernels_do_not_know_are_split():
-    """64 = 2 x 32: the same numbers by the kernel's path."""
+@pytest.mark.parametrize("name", ["w8a16", "w8a8", "w4a16", "w4a8"])
+def test_a_layer_packs_its_weights_once_and_gives_them_back(name):
     from surefoot.layers.quant_linear import QuantLinear
 
-    x, weight = torch.randn(3, 192), torch.randn(10, 192)
-    held = quantise_rows(weight, scheme("w4a16", 64), "w")
-    layer = QuantLinear(192, 10, scheme("w4a16", 64), None).hold(**held)
+    x, weight = torch.randn(3, 192), torch.randn(48, 192)
+    held = quantise_rows(weight, scheme(name, 64 if name.startswith("w4") else None), "w")
+    stored = {leaf: tensor.clone() for leaf, tensor in held.items()}
+    layer = QuantLinear(192, 48, scheme(name, 64 if name.startswith("w4") else None), None).hold(**held)
     with ops.use("reference"):
         before = layer(x)
         layer.finalize()
-        assert layer.group_size == 32
         layer.finalize()
+        assert layer.layout == ("panels" if cpu.kernels else "rows")
         assert torch.equal(layer(x), before)
+    qweight, scale = layer.rows()
+    assert torch.equal(qweight, stored.get("weight", stored.get("weight_packed"))) and torch.equal(
+        scale, stored["weight_scale"]
+    )
 
 
 def test_workers_run_alone_and_leave_the_setting_as_it_was():

@@ -8,7 +8,7 @@ import torch
 from surefoot import ops
 from surefoot.core.errors import InputError
 from surefoot.ops import cpu
-from surefoot.ops.quant import dequantise_int4, pack_int4, quantise_tokens, unpack_int4
+from surefoot.ops.quant import dequantise_int4, pack_int4, panels_of, quantise_tokens, rows_of, unpack_int4
 from surefoot.ops.spec import REGISTRY
 from surefoot.quant.schemes import SCHEMES, dequantise_int8, quantise_int4, quantise_int8, scheme
 
@@ -179,11 +179,56 @@ def test_tiny_and_huge_activations(isa):
 
 
 @pytest.mark.skipif(cpu.kernels is None, reason="the C++ kernels are not built here")
+@pytest.mark.parametrize("act", ["int8", "float"])
+@pytest.mark.parametrize("inner", [96, 384, 2048, 8192])
+def test_panels_give_the_bits_of_rows(isa, inner, act):
+    """One, few and many tokens; a single panel and an odd number of them; every dtype of group scales."""
+    generator = torch.Generator().manual_seed(inner)
+    for outer in (16, 48):
+        q = torch.randint(-127, 128, (outer, inner), generator=generator, dtype=torch.int8)
+        scale = torch.rand(outer, generator=generator)
+        panels = q.clone()
+        assert cpu.pack_(panels, scale) and torch.equal(panels, panels_of(q)) and torch.equal(rows_of(panels), q)
+        for tokens in (1, 2, 8, 13, 50):
+            x = randn(tokens, inner, seed=tokens)
+            assert torch.equal(
+                ops.linear_w8(x, panels, scale, None, act, "panels"), ops.linear_w8(x, q, scale, None, act)
+            )
+        for group, dtype in (
+            (32, torch.bfloat16),
+            (inner // 3 // 8 * 8 if inner == 384 else inner, torch.float16),
+            (96, None),
+        ):
+            if inner % group:
+                continue
+            packed = pack_int4(torch.randint(-8, 8, (outer, inner), generator=generator))
+            scales = torch.rand(outer, inner // group, generator=generator).to(dtype or torch.float32)
+            panels, in_panels = packed.clone(), scales.clone()
+            assert cpu.pack_(panels, in_panels) and torch.equal(rows_of(in_panels), scales)
+            for tokens in (1, 2, 8, 13, 50):
+                x = randn(tokens, inner, seed=tokens)
+                expected = ops.linear_w4(x, packed, scales, group, None, act)
+                assert torch.equal(ops.linear_w4(x, panels, in_panels, group, None, act, "panels"), expected)
+                with ops.use("reference"):
+                    reference = ops.linear_w4(x, panels, in_panels, group, None, act, "panels")
+                torch.testing.assert_close(expected, reference, rtol=1e-3, atol=1e-3 * reference.abs().max().item())
+
+
+def test_what_does_not_divide_into_panels_stays_in_rows():
+    for q in (
+        torch.ones(17, 64, dtype=torch.int8),
+        torch.ones(16, 66, dtype=torch.int8),
+        torch.ones(8, 4, dtype=torch.int32),
+    ):
+        before = q.clone()
+        assert not cpu.pack_(q, torch.ones(len(q), 1)) and torch.equal(q, before)
+
+
+@pytest.mark.skipif(cpu.kernels is None, reason="the C++ kernels are not built here")
 def test_other_group_sizes_fall_back_to_the_reference():
-    w = randn(8, 192)
-    packed, scale = quantise_int4(w, 64)
+    packed, scale = pack_int4(torch.randint(-8, 8, (8, 24))), torch.rand(8, 2)
     ops.forget_chosen()
-    y = ops.linear_w4(randn(2, 192, seed=3), packed, scale, 64)
+    y = ops.linear_w4(randn(2, 24, seed=3), packed, scale, 12)
     assert ops.chosen() == {"linear_w4/cpu": "reference"}
-    torch.testing.assert_close(y, randn(2, 192, seed=3) @ dequantise_int4(packed, scale).t())
+    torch.testing.assert_close(y, randn(2, 24, seed=3) @ dequantise_int4(packed, scale).t())
     assert {"linear_w4", "linear_w8"} <= set(REGISTRY)

@@ -5,6 +5,8 @@ the layout that the ops take; `finalize` turns the first into the second, in pla
 
     weight         [out, in] int8                   weight_scale  [out] fp32
     weight_packed  [out, in / 8] int32 (int4)       weight_scale  [out, in / group_size], as stored
+
+On a CPU with the C++ kernels `finalize` also packs them into panels, in place; `rows` gives them back as stored.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from surefoot import ops
 from surefoot.core.errors import ModelError
 from surefoot.device import hugepages
 from surefoot.layers.linear import Linear
+from surefoot.ops.cpu import pack_
+from surefoot.ops.quant import rows_of
 from surefoot.quant.compressed_tensors import Layout, QuantisedFolder
 from surefoot.quant.packing import unpack_int8
 from surefoot.quant.schemes import Scheme, group_scale_dtype, quantise_rows
@@ -36,6 +40,7 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.group_size = scheme.group_size or in_features
         self.bias = bias
+        self.layout = "rows"
 
     def hold(self, **tensors: torch.Tensor) -> QuantLinear:
         for name, tensor in tensors.items():
@@ -61,15 +66,27 @@ class QuantLinear(nn.Module):
             if packed is not None:
                 self.hold(weight=unpack_int8(packed.data, self.in_features))
             self.weight_scale.data = self.weight_scale.data.view(-1)
-        elif self.group_size % 128 and self.group_size > 32 and self.group_size % 32 == 0:
-            # The kernels know groups of 32 and of multiples of 128; of 96, say, three groups of 32 are the same.
-            self.weight_scale.data = self.weight_scale.data.repeat_interleave(self.group_size // 32, -1)
-            self.group_size = 32
+        if self.layout == "rows" and pack_(self.stored, self.weight_scale):
+            self.layout = "panels"
+
+    @property
+    def stored(self) -> torch.Tensor:
+        """The integers as they lie."""
+        return self.weight if self.scheme.bits == 8 else self.weight_packed
+
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weight or weight_packed, weight_scale) row by row."""
+        qweight, scale = self.stored.detach(), self.weight_scale.detach()
+        if self.layout == "panels":
+            return rows_of(qweight), rows_of(scale) if scale.dim() == 2 else scale
+        return qweight, scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.scheme.bits == 8:
-            return ops.linear_w8(x, self.weight, self.weight_scale, self.bias, self.scheme.act)
-        return ops.linear_w4(x, self.weight_packed, self.weight_scale, self.group_size, self.bias, self.scheme.act)
+            return ops.linear_w8(x, self.weight, self.weight_scale, self.bias, self.scheme.act, self.layout)
+        return ops.linear_w4(
+            x, self.weight_packed, self.weight_scale, self.group_size, self.bias, self.scheme.act, self.layout
+        )
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}"

@@ -3,6 +3,10 @@
 w8: one symmetric int8 scale per output channel. w4: symmetric int4 in groups along the input, eight to an int32;
 element 8 i + j of a row is in bits 4 j ... 4 j + 3 of word i, stored plus 8. Activations are quantised token by token
 or not at all, so a token's result never depends on the rest of its batch.
+
+`layout` says how weights lie: in "rows", as stored, or in "panels" of 16 output channels for the CPU kernels. A panel
+holds 32-bit words [in, 16] where the rows held them [16, in], in the same memory: the tensor keeps its shape, and
+`rows_of` gives the rows back. Group scales go with their weights; scales per channel stay.
 """
 
 from __future__ import annotations
@@ -12,19 +16,26 @@ import torch
 from surefoot.ops.samples import BF16, F16, F32, nbytes, randn
 from surefoot.ops.spec import Cost, OpSpec, Sample, Tolerance, define, dispatch
 
+PANEL = 16
+
 # A kernel may keep "float" activations as 16-bit integers with a scale per block; that error is within the fp32 entry.
 QUANTISED = {F32: Tolerance(1e-3, 1e-3), BF16: Tolerance(3e-2, 3e-2), F16: Tolerance(5e-3, 5e-3)}
 
 
 def linear_w8(
-    x: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, act: str = "float"
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    act: str = "float",
+    layout: str = "rows",
 ) -> torch.Tensor:
     """x @ (qweight * scale).T + bias. x: [T, in]; qweight: [out, in] int8; scale: [out] fp32.
 
     act "float" (W8A16) keeps x; "int8" (W8A8) rounds each token to 127 steps of its largest magnitude and multiplies
     integers. A token that holds a NaN or infinity gives NaN.
     """
-    return dispatch(LINEAR_W8, x.device.type, (x, qweight, scale, bias, act), {})
+    return dispatch(LINEAR_W8, x.device.type, (x, qweight, scale, bias, act, layout), {})
 
 
 def linear_w4(
@@ -34,10 +45,11 @@ def linear_w4(
     group_size: int,
     bias: torch.Tensor | None = None,
     act: str = "float",
+    layout: str = "rows",
 ) -> torch.Tensor:
     """x @ dequantise_int4(qweight, scale).T + bias. x: [T, in]; qweight: [out, in / 8] int32;
     scale: [out, in / group_size], any float dtype. act: "float" (W4A16) or "int8" (W4A8), as in `linear_w8`."""
-    return dispatch(LINEAR_W4, x.device.type, (x, qweight, scale, group_size, bias, act), {})
+    return dispatch(LINEAR_W4, x.device.type, (x, qweight, scale, group_size, bias, act, layout), {})
 
 
 def quantise_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,11 +81,25 @@ def dequantise_int4(qweight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (q.unflatten(-1, (scale.shape[-1], -1)) * scale.float().unsqueeze(-1)).flatten(-2)
 
 
+def rows_of(packed: torch.Tensor) -> torch.Tensor:
+    """Weights or group scales [out, columns] that lie in panels of 16 rows, as rows; also see `panels_of`."""
+    words = packed.view(torch.int32) if packed.element_size() == 1 else packed
+    outer, columns = words.shape
+    return words.view(-1, columns, PANEL).transpose(1, 2).reshape(outer, columns).contiguous().view(packed.dtype)
+
+
+def panels_of(rows: torch.Tensor) -> torch.Tensor:
+    """Weights (int8, or int4 in int32) or group scales [out, columns] in panels; out must be a multiple of 16."""
+    words = rows.view(torch.int32) if rows.element_size() == 1 else rows
+    return words.unflatten(0, (-1, PANEL)).transpose(1, 2).reshape(words.shape).contiguous().view(rows.dtype)
+
+
 def _finish(y, bias, dtype):
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
-def _linear_w8(x, qweight, scale, bias=None, act="float"):
+def _linear_w8(x, qweight, scale, bias=None, act="float", layout="rows"):
+    qweight = rows_of(qweight) if layout == "panels" else qweight
     if act == "int8":
         q, token_scale = quantise_tokens(x)
         # fp64 holds every sum of integer products exactly.
@@ -82,7 +108,9 @@ def _linear_w8(x, qweight, scale, bias=None, act="float"):
     return _finish((x.float() @ qweight.float().t()) * scale, bias, x.dtype)
 
 
-def _linear_w4(x, qweight, scale, group_size, bias=None, act="float"):
+def _linear_w4(x, qweight, scale, group_size, bias=None, act="float", layout="rows"):
+    if layout == "panels":
+        qweight, scale = rows_of(qweight), rows_of(scale)
     weight = dequantise_int4(qweight, scale)
     if act == "int8":
         q, token_scale = quantise_tokens(x)
@@ -90,14 +118,14 @@ def _linear_w4(x, qweight, scale, group_size, bias=None, act="float"):
     return _finish(x.float() @ weight.t(), bias, x.dtype)
 
 
-def _w8_cost(x, qweight, scale, bias=None, act="float"):
+def _w8_cost(x, qweight, scale, bias=None, act="float", layout="rows"):
     rows = x.numel() // x.shape[-1]
     return Cost(
         2.0 * rows * qweight.numel(), nbytes(x, qweight, scale, bias) + rows * qweight.shape[0] * x.element_size()
     )
 
 
-def _w4_cost(x, qweight, scale, group_size, bias=None, act="float"):
+def _w4_cost(x, qweight, scale, group_size, bias=None, act="float", layout="rows"):
     rows = x.numel() // x.shape[-1]
     return Cost(
         16.0 * rows * qweight.numel(), nbytes(x, qweight, scale, bias) + rows * qweight.shape[0] * x.element_size()

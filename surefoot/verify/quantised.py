@@ -83,10 +83,11 @@ class QuantisedLinear(nn.Linear):
 
 def dequantised(layer: QuantLinear) -> torch.Tensor:
     """fp32 weight [out, in] of a quantised layer of the engine, computed on the CPU."""
-    scale = layer.weight_scale.detach().cpu().float()
+    stored, scale = (t.cpu() for t in layer.rows())
+    scale = scale.float()
     if layer.scheme.bits == 8:
-        return layer.weight.detach().cpu().float() * scale.view(-1, 1)
-    q = unpack_int4(layer.weight_packed.detach().cpu()).float()
+        return stored.float() * scale.view(-1, 1)
+    q = unpack_int4(stored).float()
     return q * scale.repeat_interleave(q.shape[-1] // scale.shape[-1], -1)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import warnings
 from types import ModuleType
 
+import torch
+
 from surefoot.ops.spec import register
 
 kernels: ModuleType | None
@@ -20,6 +22,11 @@ except ImportError:
 def instruction_set() -> str | None:
     """What the kernels use, such as "avx512_bf16", "avx2", "neon", "portable"; None without kernels."""
     return kernels.isa() if kernels else None
+
+
+def pack_(qweight: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Integer weights on a CPU into the layout of its kernels, in place; False where they stay in rows."""
+    return kernels is not None and qweight.device.type == "cpu" and linear.pack_(qweight, scale)
 
 
 if kernels:

@@ -22,12 +22,13 @@ from surefoot.ops.spec import register
 MAX_SIDE = 65_535
 
 
-def _w8_ok(x, qweight, scale, bias=None, act="float") -> bool:
-    return x.dtype in HALF and x.dim() == 2 and max(qweight.shape) <= MAX_SIDE and x.numel() > 0
+def _w8_ok(x, qweight, scale, bias=None, act="float", layout="rows") -> bool:
+    fits = x.dim() == 2 and max(qweight.shape) <= MAX_SIDE and x.numel() > 0
+    return layout == "rows" and x.dtype in HALF and fits
 
 
 @register("linear_w8", "npu", "npu_quant_matmul", supports=_w8_ok, priority=PRIORITY)
-def linear_w8(x, qweight, scale, bias=None, act="float"):
+def linear_w8(x, qweight, scale, bias=None, act="float", layout="rows"):
     _check(x, qweight.shape[1], bias, len(qweight))
     need(qweight.dtype is torch.int8 and scale.shape == qweight.shape[:1], "w8: int8 weights and a scale for each row")
     if act == "int8":
@@ -38,28 +39,30 @@ def linear_w8(x, qweight, scale, bias=None, act="float"):
     return torch.ops.npu.npu_weight_quant_batchmatmul(x, qweight.t(), scale.to(x.dtype), bias=_wide_bias(bias, x.dtype))
 
 
-def _wide_ok(x, qweight, scale, bias=None, act="float") -> bool:
-    return act == "int8"
+def _wide_ok(x, qweight, scale, bias=None, act="float", layout="rows") -> bool:
+    return layout == "rows" and act == "int8"
 
 
 @register("linear_w8", "npu", "fp32 integers", supports=_wide_ok)
-def linear_w8_wide(x, qweight, scale, bias=None, act="int8"):
+def linear_w8_wide(x, qweight, scale, bias=None, act="int8", layout="rows"):
     """Integer products summed in fp32: exact to 2^24, beyond that to 1e-7. The reference's fp64 does not exist here."""
     q, token_scale = quantise_tokens(x)
     y = (q @ qweight.float().t()) * (token_scale * scale)
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def _w4_ok(x, qweight, scale, group_size, bias=None, act="float") -> bool:
+def _w4_ok(x, qweight, scale, group_size, bias=None, act="float", layout="rows") -> bool:
     inner = 8 * qweight.shape[1]
     # NOTE: the transpose of a single row or column counts as not transposed, and would be read as another shape.
     sides = max(inner, len(qweight)) <= MAX_SIDE and min(qweight.shape) > 1
     groups = group_size == inner or (group_size % 32 == 0 and 32 <= group_size < inner)
-    return act == "float" and x.dtype in HALF and x.dim() == 2 and sides and groups and x.numel() > 0
+    return (
+        layout == "rows" and act == "float" and x.dtype in HALF and x.dim() == 2 and sides and groups and x.numel() > 0
+    )
 
 
 @register("linear_w4", "npu", "npu_weight_quant_batchmatmul", supports=_w4_ok, priority=PRIORITY)
-def linear_w4(x, qweight, scale, group_size, bias=None, act="float"):
+def linear_w4(x, qweight, scale, group_size, bias=None, act="float", layout="rows"):
     inner = 8 * qweight.shape[1]
     _check(x, inner, bias, len(qweight))
     need(

@@ -2,6 +2,15 @@
 #pragma once
 #include "common.h"
 
+// To the compiler, x is used here and may be another one afterwards.
+#if defined(SF_AVX512) || defined(SF_AVX2)
+#define SF_OPAQUE(x) __asm__ volatile("" : "+x"(x))
+#elif defined(SF_NEON)
+#define SF_OPAQUE(x) __asm__ volatile("" : "+w"(x))
+#else
+#define SF_OPAQUE(x) __asm__ volatile("" : "+m"(x))
+#endif
+
 namespace sf {
 namespace SF_ISA {
 
@@ -27,18 +36,18 @@ static double read(const void* p, long bytes) {
   return total;
 }
 
-// Multiply-adds done by `steps` rounds of 12 independent register-only accumulators on each thread.
+constexpr int CHAINS = LANES == 16 ? 12 : 8;  // independent sums: enough to hide the latency, few enough for the registers
+
+// Multiply-adds done by `steps` rounds of CHAINS register-only accumulators on each thread.
 template <class Acc, class Step> static double spin(long steps, Acc zero, const Step& step) {
   parallel(num_threads(), 1e9, [&](long) {
-    Acc acc[12];
-    for (int i = 0; i < 12; ++i) acc[i] = zero;
+    Acc acc[CHAINS];
+    for (int i = 0; i < CHAINS; ++i) acc[i] = zero;
     for (long s = 0; s < steps; ++s)
-      for (int i = 0; i < 12; ++i) acc[i] = step(acc[i]);
-    volatile char sink[sizeof(Acc)];
-    for (int i = 0; i < 12; ++i) memcpy(const_cast<char*>(sink), &acc[i], sizeof(Acc));
-    (void)sink;
+      SF_UNROLL for (int i = 0; i < CHAINS; ++i) acc[i] = step(acc[i]);
+    SF_UNROLL for (int i = 0; i < CHAINS; ++i) SF_OPAQUE(acc[i]);
   });
-  return 12.0 * double(steps) * num_threads();
+  return double(CHAINS) * double(steps) * num_threads();
 }
 
 static double peak(int what, long steps) {
@@ -50,16 +59,16 @@ static double peak(int what, long steps) {
     return BF16_STEP * spin(steps, f_zero(), [&](F a) { return dot_bf16(a, bf16_load(p), bf16_load(p + BF16_STEP)); });
   }
 #endif
-  if (what == PEAK_INT8) {
-    const W8 w = w8_load(reinterpret_cast<const int8_t*>(ones));
-    const auto a = a8_load(reinterpret_cast<const A8*>(ones));
-    return A8_STEP * spin(steps, i_zero(), [&](I x) { return dot_a8(x, w, a); });
-  }
-  if (what == PEAK_INT16) {
-    const W16 w = w16_load(reinterpret_cast<const int8_t*>(ones));
-    const auto a = a16_load(reinterpret_cast<const int16_t*>(ones));
-    return A16_STEP * spin(steps, i_zero(), [&](I x) { return dot_a16(x, w, a); });
-  }
+  const I words = i_load(reinterpret_cast<const int32_t*>(ones)), more = i_load(reinterpret_cast<const int32_t*>(ones) + LANES);
+#ifdef SF_DOT8
+  if (what == PEAK_INT8) return INT_LANES * spin(steps, i_zero(), [&](I x) { return dot8(x, words, more); });
+#endif
+  if (what == PEAK_INT8 || what == PEAK_INT16)
+    return INT_LANES / 2 * spin(steps, i_zero(), [&](I x) {
+      I w = words;  // anew each time, or the compiler would multiply once and only add
+      SF_OPAQUE(w);
+      return dot16(x, w, more);
+    });
   const F w = f_load(reinterpret_cast<const float*>(ones));
   return LANES * spin(steps, f_zero(), [&](F x) { return f_fma(w, w, x); });
 }

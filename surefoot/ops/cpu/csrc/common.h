@@ -39,15 +39,6 @@ template <class T> static inline void store_n(T* p, F x, long n) {
   memcpy(p, buffer, size_t(n) * sizeof(T));
 }
 
-// Four rows of four 32-bit words in, the four columns out, each at `step` bytes from the one before.
-static SF_INLINE void transpose4(const Int4 r[4], char* to, long step) {
-  const Int4 ab_lo = SF_SHUFFLE(r[0], r[1], 0, 4, 1, 5), ab_hi = SF_SHUFFLE(r[0], r[1], 2, 6, 3, 7);
-  const Int4 cd_lo = SF_SHUFFLE(r[2], r[3], 0, 4, 1, 5), cd_hi = SF_SHUFFLE(r[2], r[3], 2, 6, 3, 7);
-  const Int4 columns[4] = {SF_SHUFFLE(ab_lo, cd_lo, 0, 1, 4, 5), SF_SHUFFLE(ab_lo, cd_lo, 2, 3, 6, 7),
-                           SF_SHUFFLE(ab_hi, cd_hi, 0, 1, 4, 5), SF_SHUFFLE(ab_hi, cd_hi, 2, 3, 6, 7)};
-  for (int i = 0; i < 4; ++i) memcpy(to + i * step, &columns[i], 16);
-}
-
 // 2^r for |r| <= 1/2.
 static inline F f_exp2_near_zero(F r) {
   F p = f_set(1.5353362e-4f);

@@ -9,7 +9,7 @@ namespace sf {
 
 enum WeightKind : int { W_FLOAT = 0, W_INT8 = 1, W_INT4 = 2 };
 
-// y = x @ w.T + bias; w is [N, K] row by row as in a checkpoint, so no packed copy exists.
+// y = x @ w.T + bias; w is [N, K] row by row as in a checkpoint, or packed where it lies (panels.h).
 struct Linear {
   const void* x; long ldx; int xtype;            // x, y and a float w are of one dtype
   void* y; long ldy;
@@ -19,6 +19,7 @@ struct Linear {
   long M, N, K, group;
   int kind;
   int act_bits;                                  // W_INT8, W_INT4: 8 or 16 bits for the activations
+  int packed;                                    // W_INT8, W_INT4: w, and the scales of groups, are panels
 };
 
 struct Attention {

@@ -1,20 +1,18 @@
-// Linear layers: activations are prepared once, then tiles are spread over the threads by output channel.
+// Linear layers with float weights, as they lie in a checkpoint: activations are prepared once, then tiles are spread
+// over the threads by output channel.
 #pragma once
-#include "linear_panels.h"
+#include "linear_int.h"
 #include "linear_tiles.h"
 
 namespace sf {
 namespace SF_ISA {
 
-constexpr long PANEL_TOKENS = 48;  // tokens from which int8 weights are worth packing into panels
 constexpr long SMALL = 64;  // tokens up to which weights are read from memory once and used for all
-// Weights per task: for few tokens a fair share of a thread's work; for many what stays in a core's L2.
-constexpr long TASK_BYTES = 512 * 1024, TASK_BYTES_MANY = 256 * 1024;
 // NOTE: rows 4096 bytes or a multiple apart all fall into the same sets of L1; so prepared rows are kept a line further.
 constexpr long PAD = 64;
 constexpr long ROW_BYTES = 4096;  // of one token's activations, used before going on along K
 // Bytes to prefetch ahead: for several tokens at least, for a single one, whose weights are one stream, exactly.
-constexpr long AHEAD = 8 * 1024, AHEAD_ALONE = 8 * 1024;
+constexpr long ROWS_AHEAD = 8 * 1024, ROWS_AHEAD_ALONE = 8 * 1024;
 
 struct Finish {  // adds the bias and writes in the output's dtype
   const Linear& job;
@@ -66,8 +64,8 @@ template <class Tile> struct Multiply {
 
   // How far behind the weights of this range those lie that are wanted next; 0 at the end.
   long ahead(long quad) const {
-    if (job.M == 1 && Tile::ONE_STREAM) return AHEAD_ALONE;
-    const long later = ceil_div(AHEAD, 4 * t.w_bytes * range / t.K);
+    if (job.M == 1 && Tile::ONE_STREAM) return ROWS_AHEAD_ALONE;
+    const long later = ceil_div(ROWS_AHEAD, 4 * t.w_bytes * range / t.K);
     return quad + later < quads - 1 ? later * 4 * t.w_bytes : 0;
   }
 
@@ -129,79 +127,12 @@ template <class X, class T> static void prepare_float(const Linear& job, long st
   t->ldx = ldx;
 }
 
-template <class Row> static void prepare_rows(const Linear& job, const Row& row) {
-  with_type(job.xtype, [&](auto zero) {
-    typedef decltype(zero) T;
-    parallel(job.M, double(job.M * job.K), [&](long m) { row(static_cast<const T*>(job.x) + m * job.ldx, m); });
-  });
-}
-
-static void linear_int8(const Linear& job, Tiles t) {
-  const bool wide = job.act_bits == 16;
-#ifdef SF_DOT_INT8
-  if (!wide && job.M >= PANEL_TOKENS) return linear_panels(job);
-#endif
-  const long padded = round_up(job.K, wide ? BLOCK : 64);
-  t.ldx = padded + PAD / long(wide ? 2 : sizeof(A8));
-  t.blocks = wide ? ceil_div(job.K, BLOCK) : 1;
-  t.sums_per_row = 1;
-  void* rows = scratch(ACTIVATIONS, size_t(job.M * t.ldx) * (wide ? 2 : sizeof(A8)));
-  float* scales = static_cast<float*>(scratch(SCALES, size_t(job.M * t.blocks) * 4));
-  int32_t* sums = static_cast<int32_t*>(scratch(SUMS, size_t(job.M) * 4));
-  prepare_rows(job, [&](auto* x, long m) {
-    if (wide) quantise_a16(x, job.K, padded, static_cast<int16_t*>(rows) + m * t.ldx, scales + m * t.blocks);
-    else quantise_a8(x, job.K, padded, static_cast<A8*>(rows) + m * t.ldx, scales + m, sums + m);
-  });
-  t.x = rows;
-  t.scales = scales;
-  t.sums = sums;
-  if (wide) multiply<Int8WideTile>(job, t);
-  else multiply<Int8Tile>(job, t);
-}
-
-template <class Kind> static void linear_int4(const Linear& job, Tiles t) {
-  typedef typename Kind::X X;
-  constexpr bool BY_16 = sizeof(X) == 2;
-  const bool narrow = job.act_bits == 8;
-  t.ldx = round_up(job.K, BLOCK) + PAD / long(sizeof(X));
-  t.blocks = Kind::SCALED_PER_BLOCK ? ceil_div(job.K, BLOCK) : 1;
-  t.groups = job.K / job.group;
-  t.sums_per_row = round_up(job.K, BLOCK) / W4_STEP * LANES;
-  X* rows = static_cast<X*>(scratch(ACTIVATIONS, size_t(job.M * t.ldx) * sizeof(X)));
-  float* scales = static_cast<float*>(scratch(SCALES, size_t(job.M * t.blocks) * 4));
-  int32_t* sums = static_cast<int32_t*>(scratch(SUMS, size_t(job.M * t.sums_per_row) * 4));
-  prepare_rows(job, [&](auto* x, long m) {
-    X* row = rows + m * t.ldx;
-    const long padded = round_up(job.K, BLOCK);
-    if constexpr (!BY_16) *(scales + m) = quantise_padded(x, job.K, padded, row);
-    else if (narrow) quantise_a8_wide(x, job.K, padded, row, scales + m * t.blocks);
-    else quantise_a16(x, job.K, padded, row, scales + m * t.blocks);
-    reorder_w4<BY_16 ? 4 : 2>(row, padded, sums + m * t.sums_per_row);
-  });
-  t.x = rows;
-  t.scales = scales;
-  t.sums = sums;
-  with_type(job.scale_type, [&](auto zero) { multiply<Int4Tile<decltype(zero), Kind>>(job, t); });
-}
-
 static void linear(const Linear& job) {
+  if (job.kind != W_FLOAT) return linear_int(job);
   Tiles t{};
   t.w = static_cast<const char*>(job.w);
   t.N = job.N;
   t.K = job.K;
-  t.wscale = job.wscale;
-  t.group = job.group;
-  if (job.kind == W_INT8) {
-    t.w_bytes = job.K;
-    return linear_int8(job, t);
-  }
-  if (job.kind == W_INT4) {
-    t.w_bytes = job.K / 2;
-#ifdef SF_DOT_INT8
-    if (job.act_bits == 8) return linear_int4<Int4By8>(job, t);
-#endif
-    return linear_int4<Int4By16>(job, t);
-  }
   t.w_bytes = job.K * (job.xtype == F32 ? 4 : 2);
 #ifdef SF_DOT_BF16
   if (job.xtype == BF16) {

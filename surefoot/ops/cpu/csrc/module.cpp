@@ -54,16 +54,24 @@ template <class Call> PyObject* without_gil(const Call& call) {
 }
 
 PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  Args a(args, n, 16);
+  Args a(args, n, 17);
   Linear j{};
   j.x = a.pointer(); j.ldx = a.integer(); j.xtype = int(a.integer());
   j.y = a.pointer(); j.ldy = a.integer();
   j.bias = a.pointer(); j.bias_type = int(a.integer());
   j.w = a.pointer(); j.wscale = a.pointer(); j.scale_type = int(a.integer());
   j.M = a.integer(); j.N = a.integer(); j.K = a.integer(); j.group = a.integer();
-  j.kind = int(a.integer()); j.act_bits = int(a.integer());
+  j.kind = int(a.integer()); j.act_bits = int(a.integer()); j.packed = int(a.integer());
   if (!a.ok()) return nullptr;
   return without_gil([&] { current->linear(j); });
+}
+
+PyObject* pack(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Args a(args, n, 4);
+  void* p = a.pointer();
+  const long rows = a.integer(), columns = a.integer(), bytes = a.integer();
+  if (!a.ok()) return nullptr;
+  return without_gil([&] { sf::pack_panels(p, rows, columns, bytes); });
 }
 
 PyObject* attention(PyObject*, PyObject* const* args, Py_ssize_t n) {
@@ -216,6 +224,7 @@ PyObject* set_isa(PyObject*, PyObject* name) {
 
 PyMethodDef methods[] = {
     FAST(linear, "x @ w.T + bias for float, int8 or int4 weights"),
+    FAST(pack, "pack(address, rows, columns, bytes of an element): rows into panels of 16, in place"),
     FAST(attention, "causal attention over paged keys and values"),
     FAST(delta, "gated delta rule for one or more tokens per request"),
     FAST(conv, "causal depthwise convolution with SiLU"),

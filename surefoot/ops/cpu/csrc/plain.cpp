@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "panels.h"
 #include "threads.h"
 #include "types.h"
 
@@ -17,6 +18,20 @@ template <class Body> void for_blocks(long n, long block, const Body& body) {
 }
 
 }  // namespace
+
+void pack_panels(void* p, long rows, long columns, long bytes) {
+  const long size = PANEL * columns * bytes;
+  for_blocks(rows / PANEL, 1, [&](long panel) {
+    char* to = static_cast<char*>(p) + panel * size;
+    char* from = static_cast<char*>(scratch(TASK, size_t(size)));
+    memcpy(from, to, size_t(size));
+    const char* row[PANEL];
+    for (long j = 0; j < PANEL; ++j) row[j] = from + j * columns * bytes;
+    if (bytes == 4) interleave(row, PANEL, columns * 4, to, PANEL);
+    else for (long k = 0; k < columns; ++k)
+      for (long j = 0; j < PANEL; ++j) memcpy(to + 2 * (k * PANEL + j), row[j] + 2 * k, 2);
+  });
+}
 
 void kv_write(const void* k, long ldk, const void* v, long ldv, void* k_cache, void* v_cache, const int64_t* slots,
               long tokens, long row_bytes) {

@@ -4,6 +4,9 @@
 
 namespace sf {
 
+// [rows, columns] elements of 2 or 4 bytes, rows a multiple of 16, into panels.h's [rows / 16][columns][16], in place.
+void pack_panels(void* p, long rows, long columns, long bytes);
+
 // Rows of k and v to their slots. row_bytes: Hk x D values of one token; ld...: bytes between tokens.
 void kv_write(const void* k, long ldk, const void* v, long ldv, void* k_cache, void* v_cache, const int64_t* slots,
               long tokens, long row_bytes);

@@ -43,43 +43,5 @@ template <class Q> static inline int32_t sum_of(const Q* q, long n) {
   return s;
 }
 
-// One row of int8 activations without the sum that an offset of the weights needs.
-template <class T> static inline float quantise_padded(const T* x, long K, long padded, A8* row) {
-  for (long i = round_up(K, LANES); i < padded; ++i) row[i] = 0;
-  return quantise(x, K, 127.0f, row);
-}
-
-// One row of int8 activations; row: padded elements, scale: 1, sum: A8_OFFSET * sum of the row.
-template <class T> static inline void quantise_a8(const T* x, long K, long padded, A8* row, float* scale, int32_t* sum) {
-  *scale = quantise_padded(x, K, padded, row);
-  *sum = A8_OFFSET * sum_of(row, K);
-}
-
-// One row of int16 activations with a scale per BLOCK.
-template <class T> static inline void quantise_a16(const T* x, long K, long padded, int16_t* row, float* scales) {
-  for (long i = round_up(K, LANES); i < padded; ++i) row[i] = 0;
-  for (long b = 0; b * BLOCK < K; ++b) scales[b] = quantise(x + b * BLOCK, min_l(BLOCK, K - b * BLOCK), 32767.0f, row + b * BLOCK);
-}
-
-// One row as quantise_a8 gives it, widened to 16 bits where int4 weights are multiplied in 16 bits only; one scale for all.
-template <class T> static inline void quantise_a8_wide(const T* x, long K, long padded, int16_t* row, float* scales) {
-  for (long i = round_up(K, LANES); i < padded; ++i) row[i] = 0;
-  scales[0] = quantise(x, K, 127.0f, row);
-  for (long b = 1; b * BLOCK < K; ++b) scales[b] = scales[0];
-}
-
-// The order of int4 weights: within a step, elements PARTS * i + j go to vector j. sums: -8 x the sum of what each lane
-// sees, because the weights are stored + 8.
-template <int PARTS, class Q> static inline void reorder_w4(Q* row, long padded, int32_t* sums) {
-  constexpr int each = W4_STEP / PARTS;
-  for (long s = 0; s < padded; s += W4_STEP, row += W4_STEP, sums += LANES) {
-    Q natural[W4_STEP];
-    memcpy(natural, row, sizeof natural);
-    for (int j = 0; j < PARTS; ++j)
-      for (int i = 0; i < each; ++i) row[j * each + i] = natural[PARTS * i + j];
-    for (int l = 0; l < LANES; ++l) sums[l] = -8 * sum_of(natural + 8 * l, 8);
-  }
-}
-
 }  // namespace SF_ISA
 }  // namespace sf

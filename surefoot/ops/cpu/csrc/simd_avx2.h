@@ -83,10 +83,6 @@ static inline void store4(f16* y, Float4 v) { _mm_storel_epi64((__m128i*)y, _mm_
 static inline I i_zero() { return _mm256_setzero_si256(); }
 static inline I i_load(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
 static inline F i_to_f(I x) { return _mm256_cvtepi32_ps(x); }
-static inline Int4 i_hsum4(I a, I b, I c, I d) {
-  const I s = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
-  return (Int4)_mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
-}
 // Stores round-to-nearest-even integers of x, which the caller keeps in range.
 static inline __m128i rounded16(F x) {
   const __m256i i = _mm256_cvtps_epi32(x);
@@ -101,72 +97,39 @@ static inline void store_rounded(int16_t* p, F x) { _mm_storeu_si128((__m128i*)p
 // NOTE: always inline: GCC takes a function that only prefetches for one without effect and drops the calls.
 static SF_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
-// int8 weights times int16 activations, 16 products a step. NOTE: vpmaddwd cannot saturate for |w| <= 128, unlike
-// vpmaddubsw, whose 16-bit sums overflow at 2 x 127 x 255; with the sums in 32 bits both cost the same.
-constexpr int A16_STEP = 16;
-typedef __m256i W16;
-static inline W16 w16_load(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
-static inline I a16_load(const int16_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
-static inline I dot_a16(I acc, W16 w, I a) { return _mm256_add_epi32(acc, _mm256_madd_epi16(w, a)); }
+// Words: 32 bits a lane, of weights or, the same in all lanes, of activations.
+static inline I i_set(int32_t x) { return _mm256_set1_epi32(x); }
+static inline I i_repeat(const int32_t* p) { return _mm256_set1_epi32(*p); }
 
+// 16-bit products: pairs of int8 or int4 weights out of words. NOTE: vpmaddwd cannot saturate for |w| <= 255, unlike
+// vpmaddubsw, whose 16-bit sums overflow at 2 x 127 x 255; with the sums in 32 bits both cost the same.
+static inline I w8_even(I x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
+static inline I w8_odd(I x) { return _mm256_srai_epi16(x, 8); }
+template <int J> static inline I w4_pair(I x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4 * J), _mm256_set1_epi16(15)); }
+static inline I dot16(I acc, I w, I a) { return _mm256_add_epi32(acc, _mm256_madd_epi16(w, a)); }
+
+// 8-bit products of int4 weights: bytes 0 ... 15.
+static inline I w4_low(I x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+static inline I w4_high(I x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
+constexpr int INT_LANES = 32;  // int8 products of a vector
 #ifdef __AVXVNNI__
 // int8 times int8 by vpdpbusd, see simd_avx512.h.
-typedef int8_t A8;
-constexpr int A8_STEP = 32;
-constexpr int A8_OFFSET = 128;
-typedef __m256i W8;
-static inline W8 w8_load(const int8_t* p) {
-  return _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi8(-128));
-}
-static inline I a8_load(const A8* p) { return _mm256_loadu_si256((const __m256i*)p); }
-static inline I dot_a8(I acc, W8 w, I a) {  // NOTE: not an intrinsic, see SF_DOT in simd_avx512.h
+#define SF_DOT8 1
+constexpr int W8_OFFSET = 128;
+static inline I w8_side(I x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
+static inline I dot8(I acc, I w, I a) {  // NOTE: not an intrinsic, see SF_DOT in simd_avx512.h
   __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(a));
   return acc;
 }
-// Panels: 128 is added when they are packed.
-#define SF_DOT_INT8 1
-constexpr int PANEL_ROWS = 4, PANEL_VECTORS = 3;
-static inline W8 w8_packed(const char* p) { return _mm256_loadu_si256((const __m256i*)p); }
-static inline I a8_repeat(const A8* p) {
-  int32_t four;
-  memcpy(&four, p, 4);
-  return _mm256_set1_epi32(four);
-}
-static inline I i_set(int32_t x) { return _mm256_set1_epi32(x); }
 #else
-// int8 activations widened to int16: the same integers, hence the same sums.
-typedef int16_t A8;
-constexpr int A8_STEP = A16_STEP;
-constexpr int A8_OFFSET = 0;
-typedef W16 W8;
-static inline W8 w8_load(const int8_t* p) { return w16_load(p); }
-static inline I a8_load(const A8* p) { return a16_load(p); }
-static inline I dot_a8(I acc, W8 w, I a) { return dot_a16(acc, w, a); }
+// vpmaddubsw for int4, whose sums of two are at most 2 x 15 x 127: eight fit in 16 bits before they are widened.
+#define SF_SHORT_SUMS 1
+static inline I short_dot(I part, I w, I a) { return _mm256_add_epi16(part, _mm256_maddubs_epi16(w, a)); }
+static inline I short_fold(I acc, I part) { return dot16(acc, part, _mm256_set1_epi16(1)); }
 #endif
-
-// int4 weights, 64 a step: nibble j of each 16 bits goes to vector j, so vector j holds elements 4i + j.
-constexpr int W4_STEP = 64;
-constexpr int W4_COLUMNS = 1, W4_ROWS = 3;
-static inline void w4_load(const uint8_t* p, W16 w[4]) {
-  const __m256i x = _mm256_loadu_si256((const __m256i*)p), mask = _mm256_set1_epi16(15);
-  w[0] = _mm256_and_si256(x, mask);
-  w[1] = _mm256_and_si256(_mm256_srli_epi16(x, 4), mask);
-  w[2] = _mm256_and_si256(_mm256_srli_epi16(x, 8), mask);
-  w[3] = _mm256_srli_epi16(x, 12);
-}
-#ifdef SF_DOT_INT8
-// The same as bytes, for int8 activations: low nibbles (elements 2i), high nibbles.
-constexpr int W4A8_COLUMNS = 1, W4A8_ROWS = 4;
-static inline void w4_bytes(const uint8_t* p, W8 w[2]) {
-  const __m256i x = _mm256_loadu_si256((const __m256i*)p), mask = _mm256_set1_epi8(15);
-  w[0] = _mm256_and_si256(x, mask);
-  w[1] = _mm256_and_si256(_mm256_srli_epi16(x, 4), mask);
-}
-#endif
-// Lane l of a step holds elements 8l ... 8l + 7: the two scales of groups of 32, each over four lanes.
-template <class S> static inline F w4_scales_32(const S* p) {
-  return _mm256_set_m128(_mm_set1_ps(to_float(p[1])), _mm_set1_ps(to_float(p[0])));
-}
+// Tokens of a tile of integer weights, and panels that it takes at once.
+constexpr int int_rows(bool) { return 4; }
+constexpr int int_panels(int) { return 1; }
 
 constexpr int ROWS = 3, ROWS_OF_4 = 3;  // rows of a tile of the linear kernels: 3 x 4 accumulators of 16 registers
 

@@ -36,10 +36,6 @@ static inline __m128 fold(__m512 x) {
   const __m256 y = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
   return _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
 }
-static inline __m128i fold(__m512i x) {
-  const __m256i y = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
-  return _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
-}
 // Four sums at once: interleaving before adding halves the work of four separate reductions.
 static inline Float4 f_hsum4(F a, F b, F c, F d) {
   const F ab = f_add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -83,12 +79,6 @@ static inline void store4(f16* y, Float4 v) { _mm_storel_epi64((__m128i*)y, _mm_
 static inline I i_zero() { return _mm512_setzero_si512(); }
 static inline I i_load(const int32_t* p) { return _mm512_loadu_si512(p); }
 static inline F i_to_f(I x) { return _mm512_cvtepi32_ps(x); }
-static inline Int4 i_hsum4(I a, I b, I c, I d) {
-  const I ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-  const I cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-  const I lo = _mm512_unpacklo_epi64(ab, cd), hi = _mm512_unpackhi_epi64(ab, cd);
-  return (Int4)fold(_mm512_add_epi32(lo, hi));
-}
 // Stores round-to-nearest-even integers of x, which the caller keeps in range.
 static inline void store_rounded(int8_t* p, F x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))); }
 static inline void store_rounded(int16_t* p, F x) {
@@ -101,61 +91,29 @@ static inline void store_rounded(int16_t* p, F x) {
 // NOTE: always inline: GCC takes a function that only prefetches for one without effect and drops the calls.
 static SF_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
-// int8 weights times int8 activations, 64 products a step. NOTE: vpdpbusd wants one unsigned side: the weights get 128
-// added (their top bit flipped) and the caller subtracts 128 times the sum of the row's activations. It adds into 32
-// bits without saturating.
-typedef int8_t A8;
-constexpr int A8_STEP = 64;
-constexpr int A8_OFFSET = 128;
-typedef __m512i W8;
-static inline W8 w8_load(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
-static inline I a8_load(const A8* p) { return _mm512_loadu_si512(p); }
-static inline I dot_a8(I acc, W8 w, I a) { SF_DOT("vpdpbusd", acc, w, a); return acc; }
-// Panels: 128 is added when they are packed.
-#define SF_DOT_INT8 1
-constexpr int PANEL_ROWS = 12, PANEL_VECTORS = 2;
-static inline W8 w8_packed(const char* p) { return _mm512_loadu_si512(p); }
-static inline I a8_repeat(const A8* p) {
-  int32_t four;
-  memcpy(&four, p, 4);
-  return _mm512_set1_epi32(four);
-}
+// Words: 32 bits a lane, of weights or, the same in all lanes, of activations.
 static inline I i_set(int32_t x) { return _mm512_set1_epi32(x); }
+static inline I i_repeat(const int32_t* p) { return _mm512_set1_epi32(*p); }
 
-// int8 weights times int16 activations, 32 products a step.
-constexpr int A16_STEP = 32;
-typedef __m512i W16;
-static inline W16 w16_load(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
-static inline I a16_load(const int16_t* p) { return _mm512_loadu_si512(p); }
-static inline I dot_a16(I acc, W16 w, I a) { SF_DOT("vpdpwssd", acc, w, a); return acc; }
+// 16-bit products: pairs of int8 or int4 weights out of words.
+static inline I w8_even(I x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); }
+static inline I w8_odd(I x) { return _mm512_srai_epi16(x, 8); }
+template <int J> static inline I w4_pair(I x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4 * J), _mm512_set1_epi16(15)); }
+static inline I dot16(I acc, I w, I a) { SF_DOT("vpdpwssd", acc, w, a); return acc; }
 
-// int4 weights, 128 a step: nibble j of each 16 bits goes to vector j, so vector j holds elements 4i + j.
-constexpr int W4_STEP = 128;
-constexpr int W4_COLUMNS = 2, W4_ROWS = 5;
-static inline void w4_load(const uint8_t* p, W16 w[4]) {
-  const __m512i x = _mm512_loadu_si512(p), mask = _mm512_set1_epi16(15);
-  w[0] = _mm512_and_si512(x, mask);
-  w[1] = _mm512_and_si512(_mm512_srli_epi16(x, 4), mask);
-  w[2] = _mm512_and_si512(_mm512_srli_epi16(x, 8), mask);
-  w[3] = _mm512_srli_epi16(x, 12);
-}
-// The same as bytes, for int8 activations: low nibbles (elements 2i), high nibbles.
-constexpr int W4A8_COLUMNS = 2, W4A8_ROWS = 8;
-static inline void w4_bytes(const uint8_t* p, W8 w[2]) {
-  const __m512i x = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
-  w[0] = _mm512_and_si512(x, mask);
-  w[1] = _mm512_and_si512(_mm512_srli_epi16(x, 4), mask);
-}
-static inline __m128 load4(const float* p) { return _mm_loadu_ps(p); }
-static inline __m128 load4(const bf16* p) {
-  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p)), 16));
-}
-static inline __m128 load4(const f16* p) { return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)); }
-// Lane l of a step holds elements 8l ... 8l + 7: the four scales of groups of 32, each over four lanes.
-template <class S> static inline F w4_scales_32(const S* p) {
-  const __m512i each4 = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-  return _mm512_permutexvar_ps(each4, _mm512_castps128_ps512(load4(p)));
-}
+// 8-bit products. NOTE: vpdpbusd wants one unsigned side: int8 weights get 128 added (their top bit flipped) and the
+// caller subtracts 128 times the sum of the row's activations; int4 weights are stored plus 8. It adds into 32 bits
+// without saturating.
+#define SF_DOT8 1
+constexpr int W8_OFFSET = 128, INT_LANES = 64;  // int8 products of a vector
+static inline I w8_side(I x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
+static inline I w4_low(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+static inline I w4_high(I x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+static inline I dot8(I acc, I w, I a) { SF_DOT("vpdpbusd", acc, w, a); return acc; }
+// Tokens of a tile of integer weights, at most, and panels that it takes at once: 12 x 2 accumulators of 32 registers, or
+// 8 x 2 where their sums are scaled as they grow. Two share what a token's word costs; a single token reads one stream.
+constexpr int int_rows(bool scaled) { return scaled ? 8 : 12; }
+constexpr int int_panels(int rows) { return rows == 1 ? 1 : 2; }
 
 #ifdef __AVX512BF16__
 // bf16 times bf16, summed in fp32, 32 products a step.

@@ -52,7 +52,6 @@ template <class T> static inline void store4(T* y, Float4 v) { store(y, (F)v); }
 static inline I i_zero() { return vdupq_n_s32(0); }
 static inline I i_load(const int32_t* p) { return vld1q_s32(p); }
 static inline F i_to_f(I x) { return vcvtq_f32_s32(x); }
-static inline Int4 i_hsum4(I a, I b, I c, I d) { return (Int4)vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)); }
 // Stores round-to-nearest-even integers of x, which the caller keeps in range.
 static inline void store_rounded(int16_t* p, F x) { vst1_s16(p, vmovn_s32(vcvtnq_s32_f32(x))); }
 static inline void store_rounded(int8_t* p, F x) {
@@ -63,63 +62,35 @@ static inline void store_rounded(int8_t* p, F x) {
 
 static SF_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
-// int8 weights times int16 activations, 8 products a step.
-constexpr int A16_STEP = 8;
-typedef int16x8_t W16;
-static inline W16 w16_load(const int8_t* p) { return vmovl_s8(vld1_s8(p)); }
-static inline int16x8_t a16_load(const int16_t* p) { return vld1q_s16(p); }
-static inline I dot_a16(I acc, W16 w, int16x8_t a) {
-  return vmlal_high_s16(vmlal_s16(acc, vget_low_s16(w), vget_low_s16(a)), w, a);
-}
-
-#ifdef __ARM_FEATURE_DOTPROD
-typedef int8_t A8;
-constexpr int A8_STEP = 16;
-typedef int8x16_t W8;
-static inline W8 w8_load(const int8_t* p) { return vld1q_s8(p); }
-static inline int8x16_t a8_load(const A8* p) { return vld1q_s8(p); }
-static inline I dot_a8(I acc, W8 w, int8x16_t a) { return vdotq_s32(acc, w, a); }
-#define SF_DOT_INT8 1
-constexpr int PANEL_ROWS = 8, PANEL_VECTORS = 3;
-static inline W8 w8_packed(const char* p) { return vld1q_s8(reinterpret_cast<const int8_t*>(p)); }
-static inline int8x16_t a8_repeat(const A8* p) {
-  int32_t four;
-  memcpy(&four, p, 4);
-  return vreinterpretq_s8_s32(vdupq_n_s32(four));
-}
+// Words: 32 bits a lane, of weights or, the same in all lanes, of activations.
 static inline I i_set(int32_t x) { return vdupq_n_s32(x); }
-#else
-// int8 activations widened to int16: the same integers, hence the same sums.
-typedef int16_t A8;
-constexpr int A8_STEP = A16_STEP;
-typedef W16 W8;
-static inline W8 w8_load(const int8_t* p) { return w16_load(p); }
-static inline int16x8_t a8_load(const A8* p) { return a16_load(p); }
-static inline I dot_a8(I acc, W8 w, int16x8_t a) { return dot_a16(acc, w, a); }
-#endif
-constexpr int A8_OFFSET = 0;
+static inline I i_repeat(const int32_t* p) { return vld1q_dup_s32(p); }
 
-// int4 weights, 32 a step: nibble j of each 16 bits goes to vector j, so vector j holds elements 4i + j.
-constexpr int W4_STEP = 32;
-constexpr int W4_COLUMNS = 1, W4_ROWS = 4;
-static inline void w4_load(const uint8_t* p, W16 w[4]) {
-  const uint16x8_t x = vreinterpretq_u16_u8(vld1q_u8(p)), mask = vdupq_n_u16(15);
-  w[0] = vreinterpretq_s16_u16(vandq_u16(x, mask));
-  w[1] = vreinterpretq_s16_u16(vandq_u16(vshrq_n_u16(x, 4), mask));
-  w[2] = vreinterpretq_s16_u16(vandq_u16(vshrq_n_u16(x, 8), mask));
-  w[3] = vreinterpretq_s16_u16(vshrq_n_u16(x, 12));
+// 16-bit products: pairs of int8 or int4 weights out of words.
+static inline int16x8_t halves(I x) { return vreinterpretq_s16_s32(x); }
+static inline I w8_even(I x) { return vreinterpretq_s32_s16(vshrq_n_s16(vshlq_n_s16(halves(x), 8), 8)); }
+static inline I w8_odd(I x) { return vreinterpretq_s32_s16(vshrq_n_s16(halves(x), 8)); }
+template <int J> static inline I w4_pair(I x) {
+  const uint16x8_t u = vreinterpretq_u16_s32(x), shifted = vshlq_u16(u, vdupq_n_s16(-4 * J));
+  return vreinterpretq_s32_u16(vandq_u16(shifted, vdupq_n_u16(15)));
 }
-#ifdef SF_DOT_INT8
-// The same as bytes, for int8 activations: low nibbles (elements 2i), high nibbles.
-constexpr int W4A8_COLUMNS = 2, W4A8_ROWS = 4;
-static inline void w4_bytes(const uint8_t* p, W8 w[2]) {
-  const uint8x16_t x = vld1q_u8(p);
-  w[0] = vreinterpretq_s8_u8(vandq_u8(x, vdupq_n_u8(15)));
-  w[1] = vreinterpretq_s8_u8(vshrq_n_u8(x, 4));
+static inline I dot16(I acc, I w, I a) {
+  const int32x4_t low = vmull_s16(vget_low_s16(halves(w)), vget_low_s16(halves(a)));
+  return vaddq_s32(acc, vpaddq_s32(low, vmull_high_s16(halves(w), halves(a))));
 }
+
+constexpr int INT_LANES = 16;  // int8 products of a vector
+#ifdef __ARM_FEATURE_DOTPROD
+#define SF_DOT8 1
+constexpr int W8_OFFSET = 0;
+static inline I w8_side(I x) { return x; }
+static inline I w4_low(I x) { return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(x), vdupq_n_u8(15))); }
+static inline I w4_high(I x) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(x), 4)); }
+static inline I dot8(I acc, I w, I a) { return vdotq_s32(acc, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(a)); }
 #endif
-// A step is one group of 32. (Which of its elements a lane sums up does not matter: all lanes have its scale.)
-template <class S> static inline F w4_scales_32(const S* p) { return f_set(to_float(p[0])); }
+// Tokens of a tile of integer weights, and panels that it takes at once: 4 x 4 accumulators of 32 registers.
+constexpr int int_rows(bool) { return 4; }
+constexpr int int_panels(int) { return 1; }
 
 constexpr int ROWS = 4, ROWS_OF_4 = 4;  // rows of a tile of the linear kernels: 4 x 4 accumulators of 32 registers
 

@@ -63,12 +63,6 @@ static inline I i_load(const int32_t* p) {
   return r;
 }
 static inline F i_to_f(I x) { return f_map([&](int i) { return float(x.v[i]); }); }
-static inline int32_t i_hsum(I x) {
-  int32_t sum = 0;
-  for (int i = 0; i < LANES; ++i) sum += x.v[i];
-  return sum;
-}
-static inline Int4 i_hsum4(I a, I b, I c, I d) { return Int4{i_hsum(a), i_hsum(b), i_hsum(c), i_hsum(d)}; }
 // Stores round-to-nearest-even integers of x, which the caller keeps in range.
 template <class Q> static inline void store_rounded(Q* p, F x) {
   for (int i = 0; i < LANES; ++i) p[i] = Q(rintf(x.v[i]));
@@ -76,44 +70,32 @@ template <class Q> static inline void store_rounded(Q* p, F x) {
 
 static inline void prefetch(const void*) {}
 
-struct I16 { int16_t v[2 * LANES]; };
-constexpr int A16_STEP = 2 * LANES;
-typedef I16 W16;
-static inline W16 w16_load(const int8_t* p) {
-  W16 r;
-  for (int i = 0; i < A16_STEP; ++i) r.v[i] = p[i];
+// Words: 32 bits a lane, of weights or, the same in all lanes, of activations.
+template <class Op> static inline I i_map(const Op& op) {
+  I r;
+  for (int i = 0; i < LANES; ++i) r.v[i] = op(i);
   return r;
 }
-static inline I16 a16_load(const int16_t* p) {
-  I16 r;
-  memcpy(r.v, p, sizeof r.v);
-  return r;
+static inline I i_set(int32_t x) { return i_map([&](int) { return x; }); }
+static inline I i_repeat(const int32_t* p) { return i_set(*p); }
+
+// 16-bit products: pairs of int8 or int4 weights out of words.
+static inline int32_t low16(int32_t x) { return int16_t(x); }
+static inline int32_t high16(int32_t x) { return int16_t(uint32_t(x) >> 16); }
+static inline int32_t pair16(int32_t low, int32_t high) { return int32_t(uint32_t(low & 0xffff) | uint32_t(high) << 16); }
+static inline I w8_even(I x) { return i_map([&](int i) { return pair16(int8_t(x.v[i]), int8_t(x.v[i] >> 16)); }); }
+static inline I w8_odd(I x) { return i_map([&](int i) { return pair16(int8_t(x.v[i] >> 8), int8_t(x.v[i] >> 24)); }); }
+template <int J> static inline I w4_pair(I x) {
+  return i_map([&](int i) { return x.v[i] >> (4 * J) & 0x000f000f; });
 }
-static inline I dot_a16(I acc, const W16& w, const I16& a) {
-  for (int i = 0; i < LANES; ++i)
-    acc.v[i] += int32_t(w.v[2 * i]) * a.v[2 * i] + int32_t(w.v[2 * i + 1]) * a.v[2 * i + 1];
-  return acc;
+static inline I dot16(I acc, const I& w, const I& a) {
+  return i_map([&](int i) { return acc.v[i] + low16(w.v[i]) * low16(a.v[i]) + high16(w.v[i]) * high16(a.v[i]); });
 }
 
-typedef int16_t A8;
-constexpr int A8_STEP = A16_STEP;
-constexpr int A8_OFFSET = 0;
-typedef W16 W8;
-static inline W8 w8_load(const int8_t* p) { return w16_load(p); }
-static inline I16 a8_load(const A8* p) { return a16_load(p); }
-static inline I dot_a8(I acc, const W8& w, const I16& a) { return dot_a16(acc, w, a); }
-
-// int4 weights, 64 a step: nibble j of each 16 bits goes to vector j, so vector j holds elements 4i + j.
-constexpr int W4_STEP = 8 * LANES;
-constexpr int W4_COLUMNS = 1, W4_ROWS = 2;
-static inline void w4_load(const uint8_t* p, W16 w[4]) {
-  for (int i = 0; i < A16_STEP; ++i)
-    for (int j = 0; j < 4; ++j) w[j].v[i] = int16_t(p[2 * i + j / 2] >> (j % 2 * 4) & 15);
-}
-// Lane l of a step holds elements 8l ... 8l + 7: the two scales of groups of 32, each over four lanes.
-template <class S> static inline F w4_scales_32(const S* p) {
-  return f_map([&](int i) { return to_float(p[i / 4]); });
-}
+constexpr int INT_LANES = 4 * LANES;  // int8 products of a vector
+// Tokens of a tile of integer weights, and panels that it takes at once.
+constexpr int int_rows(bool) { return 2; }
+constexpr int int_panels(int) { return 1; }
 
 constexpr int ROWS = 2, ROWS_OF_4 = 2;
 

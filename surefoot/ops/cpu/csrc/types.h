@@ -65,6 +65,15 @@ static inline long min_l(long a, long b) { return a < b ? a : b; }
 static inline long max_l(long a, long b) { return a > b ? a : b; }
 static inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
 
+// Four rows of four 32-bit words in, the four columns out, each at `step` bytes from the one before.
+static SF_INLINE void transpose4(const Int4 r[4], char* to, long step) {
+  const Int4 ab_lo = SF_SHUFFLE(r[0], r[1], 0, 4, 1, 5), ab_hi = SF_SHUFFLE(r[0], r[1], 2, 6, 3, 7);
+  const Int4 cd_lo = SF_SHUFFLE(r[2], r[3], 0, 4, 1, 5), cd_hi = SF_SHUFFLE(r[2], r[3], 2, 6, 3, 7);
+  const Int4 columns[4] = {SF_SHUFFLE(ab_lo, cd_lo, 0, 1, 4, 5), SF_SHUFFLE(ab_lo, cd_lo, 2, 3, 6, 7),
+                           SF_SHUFFLE(ab_hi, cd_hi, 0, 1, 4, 5), SF_SHUFFLE(ab_hi, cd_hi, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; ++i) memcpy(to + i * step, &columns[i], 16);
+}
+
 template <int N> struct Int { static constexpr int value = N; };  // a number as a type
 
 }  // namespace sf
