@@ -17,10 +17,9 @@ def _op(name: str, fn):
     """The faults below see weights in rows, whatever layout the layer holds."""
 
     def in_rows(right, x, q, scale, *rest):
-        *rest, layout = rest
-        if layout == "panels":
+        if rest[-1] == "panels":
             q, scale = rows_of(q), rows_of(scale) if scale.dim() == 2 else scale
-        return fn(right, x, q, scale, *rest)
+        return fn(right, x, q, scale, *rest[:-1])
 
     return lambda target, scale: inject.op(_layer(target), name, in_rows)
 
