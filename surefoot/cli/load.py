@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from surefoot.core import collector
 from surefoot.core.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -13,8 +14,9 @@ if TYPE_CHECKING:
 
 def load_engine(model: str, config: EngineConfig) -> Engine:
     from surefoot.cli.progress import Progress
-    from surefoot.engine.engine import Engine
 
+    with collector.paused():
+        from surefoot.engine.engine import Engine
     with Progress() as progress:
         engine = Engine.load(model, config, progress)
     for note in engine.info.notes:

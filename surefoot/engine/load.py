@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import importlib.metadata
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
 from surefoot.cache.pages import BlockPool
 from surefoot.cache.plan import CachePlan, plan
 from surefoot.cache.states import StatePool
+from surefoot.core import collector
 from surefoot.core.config import EngineConfig, EngineInfo
 from surefoot.core.errors import InputError, ModelError
 from surefoot.core.request import Request
@@ -45,20 +44,8 @@ def load_engine(
 ) -> Engine:
     """See `Engine.load`. `device`: one that is at hand already, in place of config.device."""
     device = device or get_device(config.device)
-    with device.loading(), uncollected():
+    with device.loading(), collector.paused():
         return _load(model_ref, config, progress, device)
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """No garbage collection within the block: going through all objects of torch's modules takes it 0.1 s each time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _load(model_ref: str, config: EngineConfig, progress: Progress | None, device: Device) -> Engine:
