@@ -49,6 +49,16 @@ def test_a_prefill_needs_one_row_of_the_head(table):
     assert found["peak"] == pytest.approx((0.9e9 * 512 + 0.1e9) / 900e9) and found["share"] == found["peak"]
 
 
+def test_every_request_reads_and_writes_its_recurrent_states(table):
+    def bandwidth(case, state):
+        found = run(case)
+        found["about"]["surefoot w8a8"]["work"]["state_bytes"] = state
+        return table.limit(found)["bandwidth"]
+
+    assert bandwidth("decode-1", 1_000_000_000) == pytest.approx(2 * bandwidth("decode-1", 0))
+    assert bandwidth("decode-8", 1_000_000_000) == pytest.approx(9 * bandwidth("decode-8", 0))
+
+
 def test_targets_are_judged_in_the_newest_run(table):
     text = table.render([run(theirs=(0.01, 0.01)), run()])
     assert "≥ 1.3: met" in text and "≥ 3.3: met" in text and "≥ 85%: not met" in text
@@ -81,3 +91,11 @@ def test_fit_finds_the_cost(monkeypatch):
     assert found["coefficients"] == pytest.approx([0.03, 0.001, 1e-6]) and found["largest_relative_error"] < 1e-9
     falling = fit(columns, [0.03 - 1e-9 * b for b, _ in points])
     assert min(falling["coefficients"]) == 0.0
+
+
+def test_kinds_of_layers_are_compared_with_the_shortest_context(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from context_flatness import table
+
+    rounds = {128: [{"linear_attn": 2.0, "self_attn": 1.0}] * 3, 1024: [{"linear_attn": 2.0, "self_attn": 4.0}] * 3}
+    assert "| 1024 | 2.00 (1.00x) | 4.00 (4.00x) |" in table(rounds)

@@ -8,6 +8,7 @@ import time
 import torch
 
 from peers.worker import PROMPT, STEPS, prompt
+from surefoot.core.batch import LinearState
 from surefoot.core.config import EngineConfig
 from surefoot.core.sampling import SamplingParams
 from surefoot.device import hugepages
@@ -47,11 +48,15 @@ class Native:
         }
 
     def work(self) -> dict:
-        """What one forward pass cannot avoid: bytes of the linear layers' weights, multiply-adds of a token.
+        """What one forward pass cannot avoid: bytes of the linear layers' weights, multiply-adds of a token, and the
+        recurrent states of a request, read and written.
 
         "head" is the output layer, which computes only the rows whose logits are wanted.
         """
-        parts = {"bytes": 0, "macs": 0, "head_bytes": 0, "head_macs": 0}
+        parts = {"bytes": 0, "macs": 0, "head_bytes": 0, "head_macs": 0, "state_bytes": 0}
+        for layer in self.engine.runner.layers:
+            if isinstance(layer, LinearState):
+                parts["state_bytes"] += 2 * (layer.conv[0].nbytes + layer.recurrent[0].nbytes)
         for name, module in self.engine.model.named_modules():
             if isinstance(module, (Linear, QuantLinear)):
                 prefix = "head_" if name.endswith("lm_head") else ""

@@ -41,7 +41,7 @@ def limit(run: dict) -> dict[str, float] | None:
         return None
     work = run["about"][ours(run)]["work"]
     rows = 1 if run["case"].startswith("prefill") else run["tokens"]
-    need_bytes = work["bytes"] + work["head_bytes"]
+    need_bytes = work["bytes"] + work["head_bytes"] + rows * work.get("state_bytes", 0)
     need_macs = work["macs"] * run["tokens"] + work["head_macs"] * rows
     found: dict[str, list[float]] = {"bandwidth": [], "peak": [], "share": []}
     for took, limits in zip(run["seconds"][ours(run)], run["limits"]):
