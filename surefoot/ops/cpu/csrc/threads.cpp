@@ -84,9 +84,9 @@ inline void relax() {
 #endif
 }
 
-// How long a thread looks for news before it sleeps: longer than the gaps between the kernels of a step, short for
-// whoever else wants the core.
-constexpr std::chrono::microseconds SPIN{200};
+// How long a thread looks for news before it sleeps. A worker: longer than the gaps between the kernels of a step. The
+// caller: longer than a task, yet no longer, because the thread that has the last one may be waiting for this core.
+constexpr std::chrono::microseconds SPIN{100};
 
 template <class Ready> bool spin_until(const Ready& ready) {
   const auto end = std::chrono::steady_clock::now() + SPIN;
