@@ -2,7 +2,8 @@
 //
 // A request with one new token (decode) is split into parts of PART cached tokens; one with more (prefill) into blocks of
 // query tokens. Both walk the cache in blocks of BT tokens counted from its start, so a token's result does not depend on
-// the other requests, on the number of threads, or on how a prompt was cut into chunks.
+// the other requests, on the number of threads, or on how a prompt was cut into chunks of more than one token; one alone
+// is a decode, whose sums are in another order.
 #pragma once
 #include "attention_decode.h"
 #include "attention_prefill.h"
