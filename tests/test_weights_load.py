@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import subprocess
 import sys
@@ -260,13 +259,6 @@ def test_spans_fill_all_tensors_whatever_their_size(tmp_path, monkeypatch):
             parts = reader.spans([(checkpoint.info(name), tensor) for name, tensor in out.items()], threads)
             assert sum(map(reader.read, parts)) == sum(t.nbytes for t in out.values())
             assert all(torch.equal(tensor, data[name]) for name, tensor in out.items())
-
-
-def test_what_is_to_be_done_meanwhile_is_done_once(tmp_path):
-    checkpoint, calls = folder_with(tmp_path, tensors()), []
-    for held in (torch.bfloat16, torch.float64):
-        load_weights(tiny(), checkpoint, "cpu", held, meanwhile=functools.partial(calls.append, held))
-    assert calls == [torch.bfloat16, torch.float64]
 
 
 def test_an_engine_checks_its_mapped_files_before_each_step():

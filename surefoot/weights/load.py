@@ -12,7 +12,6 @@ quantised weights plus some buffers. An embedding on a CPU stays in its file (ma
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Executor, Future, as_completed
@@ -39,7 +38,7 @@ from surefoot.weights.checkpoint import CHUNK_BYTES, Checkpoint
 from surefoot.weights.header import TensorInfo
 from surefoot.weights.messages import some
 from surefoot.weights.random_init import random_weights
-from surefoot.weights.reader import Span, read, spans
+from surefoot.weights.reader import read, spans
 from surefoot.weights.workers import count as num_workers
 from surefoot.weights.workers import workers
 
@@ -68,12 +67,8 @@ def load_weights(
     dtype: torch.dtype,
     progress: Progress | None = None,
     converter: Converter | None = None,
-    meanwhile: Callable[[], object] = lambda: None,
 ) -> LoadReport:
-    """Fill `model` from `checkpoint`. `dtype` is the default; `model.param_dtype` may hold some tensors otherwise.
-
-    `meanwhile` is called while other threads read: a place for what holds the interpreter's lock for long.
-    """
+    """Fill `model` from `checkpoint`. `dtype` is the default; `model.param_dtype` may hold some tensors otherwise."""
     started = time.monotonic()
     plan = match(model, checkpoint)
     report = LoadReport(used=len(plan.targets()), ignored=plan.ignored)
@@ -88,16 +83,12 @@ def load_weights(
             mapped[source] = report.mapped.map(info)
     tensors = {s: hugepages.empty(checkpoint.info(s).shape, d, device) for s, d in held.items() if s not in mapped}
     count = _counter(sum(checkpoint.info(source).nbytes for source in (*tensors, *converted.values())), progress)
-    begun = threading.Semaphore(0)
     with workers() as pool:
-        jobs = _reading(pool, checkpoint, tensors, begun) if on_cpu else {}
+        jobs = _reading(pool, checkpoint, tensors) if on_cpu else {}
         layers = {
             pool.submit(_convert, model, checkpoint, device, converter, name, source): name
             for name, source in converted.items()
         }
-        for _ in range(min(len(jobs), num_workers())):
-            begun.acquire()
-        meanwhile()
         if not on_cpu:
             _read_in_turn(checkpoint, tensors, count)
         for future in as_completed([*jobs, *layers]):
@@ -162,25 +153,16 @@ def _looked_up(model: Any, name: str, converted: Collection[str]) -> bool:
     return not shared and getattr(model.get_submodule(name.rpartition(".")[0]), "looked_up", False)
 
 
-def _reading(
-    pool: Executor, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], begun: threading.Semaphore
-) -> dict[Future, int]:
-    """Jobs that fill tensors on the CPU, and the bytes that each reads. `begun` is released when a job has begun."""
+def _reading(pool: Executor, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> dict[Future, int]:
+    """Jobs that fill tensors on the CPU, and the bytes that each reads."""
     infos = {source: checkpoint.info(source) for source in tensors}
     same = [(infos[source], tensor) for source, tensor in tensors.items() if tensor.dtype == infos[source].dtype]
 
-    def fill(span: Span) -> None:
-        try:
-            read(span, begun.release)
-        finally:
-            begun.release()  # also if it failed before it began
-
     def cast(source: str, flat: torch.Tensor, begin: int, end: int) -> None:
-        begun.release()
         for at, piece in checkpoint.chunks(source, torch.empty(CONVERT_BYTES, dtype=torch.uint8), begin, end):
             flat[at : at + piece.numel()].copy_(piece)
 
-    jobs = {pool.submit(fill, span): span.nbytes for span in spans(same, num_workers())}
+    jobs: dict[Future, int] = {pool.submit(read, span): span.nbytes for span in spans(same, num_workers())}
     for source, tensor in tensors.items():
         size, flat = infos[source].dtype.itemsize, tensor.view(-1)
         if tensor.dtype != infos[source].dtype:

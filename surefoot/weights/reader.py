@@ -1,14 +1,13 @@
 """Tensors of a checkpoint read straight into memory by several threads, neighbours on disk by one system call.
 
 A call fills many tensors, up to hundreds of megabytes, and needs the interpreter's lock neither for the copy nor for
-the page faults of fresh memory: reading goes on while another thread holds that lock (as loading a tokenizer does, for
-half a second).
+the page faults of fresh memory.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,14 +55,13 @@ def spans(targets: Iterable[tuple[TensorInfo, torch.Tensor]], threads: int) -> l
             span.views.append(view[begin:end])
             span.nbytes += end - begin
             begin = end
-    # A thread that has read its first span may have to wait for the interpreter's lock before it gets another one.
+    # The largest first, so that none is left over.
     return sorted(found, key=lambda span: -span.nbytes)
 
 
-def read(span: Span, begins: Callable[[], object] = lambda: None) -> int:
-    """Fill a span; returns its bytes. `begins` is called as the last thing before the lock is given up for long."""
+def read(span: Span) -> int:
+    """Fill a span; returns its bytes."""
     with opened(span.path) as file:
-        begins()
         fill(file, span.offset, span.views)
     return span.nbytes
 
