@@ -284,3 +284,22 @@ def test_no_warning_with_the_extension():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops.linear(torch.ones(2, 3), torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_argmax_is_torchs_and_says_where_there_is_none(isa, dtype):
+    """First of equals, across blocks; rows with NaN, infinities, or nothing at all; strided rows."""
+    logits = torch.randn(9, 1601, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[1, 700] = logits[1, 1600] = logits[1, 900] = 9.0
+    logits[2, 5] = torch.nan
+    logits[3, :] = -torch.inf
+    logits[4, ::2], logits[4, 31] = -torch.inf, 7.0
+    logits[5, 40] = logits[5, 3] = torch.inf
+    logits[6] = -1000.0
+    logits[7] = 0.0
+    for x in (logits, logits[:, :1], logits[:, 1:1400], logits[::2], logits[:, :17]):
+        best, index = cpu.argmax(x)
+        expected, where = x.max(-1)
+        torch.testing.assert_close(best, expected, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(index, torch.where(expected > -torch.inf, where, -1))
+    assert cpu.argmax(logits.t()) is None and cpu.argmax(logits[:0]) is None

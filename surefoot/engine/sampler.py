@@ -22,6 +22,7 @@ import torch
 
 from surefoot.core.outputs import TokenLogprob
 from surefoot.engine.sampling_batch import Draw, Edits, SamplingBatch, build, check_token_ids
+from surefoot.ops import cpu
 
 __all__ = ["SampledTokens", "SamplingBatch", "build", "check_token_ids", "sample", "token_logprobs", "unpack"]
 
@@ -76,13 +77,14 @@ def unpack(packed: np.ndarray, num_logprobs: Sequence[int | None]) -> list[tuple
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> SampledTokens:
     """Choose the next token of each row of logits [N, V] (any float dtype, left untouched)."""
     edited = logits if batch.edits is None else _edit(logits, batch.edits)
-    best, token_ids = edited.max(dim=-1)  # NaN counts as the largest, and of equal logits the lowest id is taken
+    best, token_ids = _argmax(edited)
     for draw in batch.draws:
         if draw.rows is None:
             token_ids = _draw(edited, best, draw)
         else:
             token_ids[draw.rows] = _draw(edited.index_select(0, draw.rows), best[draw.rows], draw)
-    token_ids = torch.where(best > -torch.inf, token_ids, -1)
+    if batch.draws:
+        token_ids = torch.where(best > -torch.inf, token_ids, -1)
     if batch.num_logprobs is None:
         return SampledTokens(token_ids)
     rows, k = batch.logprob_rows, batch.num_logprobs
@@ -91,6 +93,15 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> SampledTokens:
         return SampledTokens(token_ids, *token_logprobs(logits, targets, k))
     found = token_logprobs(logits.index_select(0, rows), targets[rows], k)
     return SampledTokens(token_ids, *(t.new_zeros(len(logits), *t.shape[1:]).index_copy(0, rows, t) for t in found))
+
+
+def _argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logit of each row and its id, -1 where there is none; see the module's first lines."""
+    found = cpu.argmax(logits)
+    if found is None:
+        best, token_ids = logits.max(dim=-1)  # NaN counts as the largest, and of equal logits the lowest id is taken
+        return best, torch.where(best > -torch.inf, token_ids, -1)
+    return found
 
 
 def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, k: int) -> TokenLogprobs:

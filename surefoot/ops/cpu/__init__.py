@@ -24,6 +24,16 @@ def instruction_set() -> str | None:
     return kernels.isa() if kernels else None
 
 
+def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Of each row [N, V]: its largest logit, and the first id that has it; -1 for a NaN or nothing above -inf.
+
+    None where PyTorch has to find them.
+    """
+    if kernels is None or logits.device.type != "cpu" or not elementwise.takes_argmax(logits):
+        return None
+    return elementwise.argmax(logits)
+
+
 def pack_(qweight: torch.Tensor, scale: torch.Tensor) -> bool:
     """Integer weights on a CPU into the layout of its kernels, in place; False where they stay in rows."""
     return kernels is not None and qweight.device.type == "cpu" and linear.pack_(qweight, scale)

@@ -1,4 +1,4 @@
-"""RMSNorm and relatives, gates and the rotary embedding by the C++ kernels."""
+"""RMSNorm and relatives, gates, the rotary embedding and the greedy choice by the C++ kernels."""
 
 from __future__ import annotations
 
@@ -129,3 +129,18 @@ def rotary(q, k, cos, sin):
         cos.shape[1],
     )
     return q_out, k_out
+
+
+def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `ops.cpu.argmax`."""
+    rows, width = logits.shape
+    best = torch.empty(rows, dtype=logits.dtype)
+    index = torch.empty(rows, dtype=torch.int64)
+    KERNELS.argmax(
+        CODE[logits.dtype], logits.data_ptr(), logits.stride(0), best.data_ptr(), index.data_ptr(), rows, width
+    )
+    return best, index
+
+
+def takes_argmax(logits: torch.Tensor) -> bool:
+    return logits.dtype in CODE and logits.dim() == 2 and logits.numel() > 0 and logits.stride(1) == 1

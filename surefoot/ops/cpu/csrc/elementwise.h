@@ -83,5 +83,55 @@ static void rotary(int dtype, const void* x, long ldx, const float* cos, const f
   });
 }
 
+// Per row of x: the largest value and where it first stands. NaN counts as the largest, as in torch.max; the index of a row
+// that holds one, or nothing above -inf, is -1. Blocks are searched by their largest values; rows with a NaN or an infinity,
+// which fast maxima would lose, are walked.
+template <class T> static void argmax_row(const T* x, long width, T* best, int64_t* index) {
+  constexpr long BLOCK_LENGTH = 512;
+  F poison = f_zero();
+  float top = -3.4028235e38f;
+  long from = 0;
+  for (long b = 0; b < width; b += BLOCK_LENGTH) {
+    const long end = min_l(width, b + BLOCK_LENGTH);
+    F most = f_set(-3.4028235e38f);
+    long i = b;
+    for (; i + LANES <= end; i += LANES) {
+      const F v = load(x + i);
+      most = f_max(v, most);
+      poison = f_fma(v, f_zero(), poison);
+    }
+    float block = f_hmax(most);
+    for (; i < end; ++i) {
+      const float v = to_float(x[i]);
+      block = v > block ? v : block;
+      poison = f_fma(f_set(v), f_zero(), poison);
+    }
+    if (block > top || b == 0) top = block, from = b;
+  }
+  long at = -1;
+  if (f_hsum(poison) == 0) {
+    for (at = from; to_float(x[at]) != top; ++at) {}
+  } else {
+    float found = -INFINITY;
+    for (long i = 0; i < width && found == found; ++i) {
+      const float v = to_float(x[i]);
+      if (v > found || v != v || i == 0) found = v, from = i;
+      if (v > -INFINITY) at = from;
+    }
+    if (found != found) at = -1;
+  }
+  *best = x[at < 0 ? from : at];
+  *index = at;
+}
+
+static void argmax(int dtype, const void* x, long ldx, void* best, int64_t* index, long rows, long width) {
+  with_type(dtype, [&](auto zero) {
+    typedef decltype(zero) T;
+    parallel(rows, double(rows * width), [&](long r) {
+      argmax_row(static_cast<const T*>(x) + r * ldx, width, static_cast<T*>(best) + r, index + r);
+    });
+  });
+}
+
 }  // namespace SF_ISA
 }  // namespace sf

@@ -16,7 +16,7 @@ namespace sf {
 
 extern const Kernels SF_JOIN(kernels_, SF_ISA) = {
     SF_TEXT(SF_ISA), SF_ISA::linear, SF_ISA::attention, SF_ISA::delta, SF_ISA::conv,
-    SF_ISA::norm, SF_ISA::gate, SF_ISA::rotary, SF_ISA::read, SF_ISA::peak,
+    SF_ISA::norm, SF_ISA::gate, SF_ISA::rotary, SF_ISA::argmax, SF_ISA::read, SF_ISA::peak,
 };
 
 }  // namespace sf

@@ -74,6 +74,7 @@ struct Kernels {
   void (*gate)(int op, int dtype, const void* a, long lda, const void* b, long ldb, void* y, long rows, long width);
   void (*rotary)(int dtype, const void* x, long ldx, const float* cos, const float* sin, void* y, long tokens,
                  long heads, long dim, long half);
+  void (*argmax)(int dtype, const void* x, long ldx, void* best, int64_t* index, long rows, long width);
   double (*read)(const void* p, long bytes);
   double (*peak)(int what, long steps);
 };

@@ -149,6 +149,17 @@ PyObject* rotary(PyObject*, PyObject* const* args, Py_ssize_t n) {
   });
 }
 
+PyObject* argmax(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Args a(args, n, 7);
+  const int dtype = int(a.integer());
+  const void* x = a.pointer(); const long ldx = a.integer();
+  void* best = a.pointer();
+  int64_t* index = a.pointer<int64_t>();
+  const long rows = a.integer(), width = a.integer();
+  if (!a.ok()) return nullptr;
+  return without_gil([&] { current->argmax(dtype, x, ldx, best, index, rows, width); });
+}
+
 PyObject* kv_write(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Args a(args, n, 9);
   const void* k = a.pointer(); const long ldk = a.integer();
@@ -231,6 +242,7 @@ PyMethodDef methods[] = {
     FAST(norm, "RMSNorm, alone, after an addition, or times silu(gate)"),
     FAST(gate, "silu(a) * b or a * sigmoid(b)"),
     FAST(rotary, "rotary embedding of queries and keys"),
+    FAST(argmax, "largest logit of each row and its index"),
     FAST(kv_write, "keys and values into their slots"),
     FAST(delta_gates, "decay and rate of the gated delta rule"),
     FAST(read, "read(address, bytes): reads memory on all threads"),
