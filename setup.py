@@ -23,6 +23,8 @@ COMMON = [
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-semantic-interposition",
+    # Where a hot loop begins within a cache line made a fifth of the delta rule's time.
+    "-falign-loops=64",
 ]
 # GCC 12 warns about its own AVX-512 header.
 QUIET = ["-Wno-array-bounds", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]

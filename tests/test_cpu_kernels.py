@@ -286,6 +286,18 @@ def test_no_warning_with_the_extension():
         ops.linear(torch.ones(2, 3), torch.ones(4, 3))
 
 
+def test_kernels_of_another_version_are_left_alone():
+    code = """
+import types, sys, warnings
+old = types.ModuleType("surefoot.ops.cpu._kernels")
+sys.modules["surefoot.ops.cpu._kernels"] = old
+import surefoot.ops.cpu as cpu
+print(cpu.kernels, cpu.state)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "None older or newer than its Python files", done.stderr
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_argmax_is_torchs_and_says_where_there_is_none(isa, dtype):
     """First of equals, across blocks; rows with NaN, infinities, or nothing at all; strided rows."""

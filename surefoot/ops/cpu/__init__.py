@@ -12,11 +12,16 @@ import torch
 
 from surefoot.ops.spec import register
 
+INTERFACE = 2  # as in csrc/module.cpp: Python files that were updated without a new build do not fit the old kernels
+
 kernels: ModuleType | None
+state = "not built"
 try:
     from surefoot.ops.cpu import _kernels as kernels  # type: ignore[attr-defined, no-redef]
 except ImportError:
     kernels = None
+if kernels is not None and getattr(kernels, "INTERFACE", 1) != INTERFACE:
+    kernels, state = None, "older or newer than its Python files"
 
 
 def instruction_set() -> str | None:
@@ -50,7 +55,7 @@ else:
     def _say_once() -> bool:
         """Ask the user, where a CPU computes, for what was missing when the package was installed. Warned once."""
         warnings.warn(
-            "Surefoot's CPU kernels are not built, so the CPU runs on PyTorch's ops, several times slower: "
+            f"Surefoot's CPU kernels are {state}, so the CPU runs on PyTorch's ops, several times slower: "
             "install a C++17 compiler and reinstall (pip install --force-reinstall --no-deps surefoot)",
             stacklevel=2,
         )

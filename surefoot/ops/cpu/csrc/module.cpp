@@ -14,6 +14,7 @@ namespace {
 using namespace sf;
 
 const Kernels* current = nullptr;
+constexpr long INTERFACE = 2;  // raised with any change of the functions' arguments; surefoot/ops/cpu/__init__.py has it, too
 
 // Arguments in order. None is a null pointer.
 class Args {
@@ -259,5 +260,7 @@ PyModuleDef module_def = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, method
 
 PyMODINIT_FUNC PyInit__kernels() {
   current = available()[0];
-  return PyModule_Create(&module_def);
+  PyObject* module = PyModule_Create(&module_def);
+  if (module && PyModule_AddIntConstant(module, "INTERFACE", INTERFACE) < 0) Py_CLEAR(module);
+  return module;
 }
