@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from surefoot import ops
+from surefoot.device import hugepages
 from surefoot.ops import cpu
 from surefoot.ops.quant import pack_int4
 
@@ -125,7 +126,7 @@ class Limits:
     """Memory read in bytes/s and multiply-adds/s, measured anew in every round."""
 
     def __init__(self) -> None:
-        self.buffer = torch.zeros(16 * READ_BYTES, dtype=torch.uint8)
+        self.buffer = hugepages.empty((16 * READ_BYTES,), torch.uint8).zero_()
         self.read: list[float] = []
         self.peak: dict[int, list[float]] = {k: [] for k in (INT8, FP32, BF16, INT16)}
 
