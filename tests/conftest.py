@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import types
 
@@ -28,3 +29,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
 # Tiny models gain nothing from a second thread, and threads that wait for each other on busy cores cost a lot.
 torch.set_num_threads(1)
+
+# Started in the background (`make test &` in a script, nohup), processes inherit that Ctrl-C is ignored; tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

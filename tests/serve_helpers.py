@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from surefoot.serve.main import DrainingServer, bind, url
+from surefoot.core.sockets import bind
+from surefoot.serve.main import DrainingServer, url
 from surefoot.serve.settings import ServeSettings
 from surefoot.serve.worker import EngineWorker
 

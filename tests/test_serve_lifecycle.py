@@ -22,8 +22,9 @@ from serve_helpers import Served, serving, until
 
 from surefoot.core.errors import InputError, ModelError
 from surefoot.core.sampling import SamplingParams
+from surefoot.core.sockets import bind
 from surefoot.serve.errors import EngineDeadError
-from surefoot.serve.main import bind, run_server
+from surefoot.serve.main import run_server
 from surefoot.serve.settings import ServeSettings
 from surefoot.serve.worker import MAX_FAILED_STEPS, Choice, EngineWorker
 

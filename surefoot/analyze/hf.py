@@ -14,7 +14,7 @@ import torch
 
 from surefoot.analyze.registry import Registry
 from surefoot.analyze.trace import Tracer
-from surefoot.core.errors import ModelError
+from surefoot.core.errors import ModelError, first_line
 from surefoot.weights.hf_config import read_config
 
 # In the order in which they are tried.
@@ -99,7 +99,3 @@ def inputs(model: Any, ids: torch.Tensor, first: Any = None) -> dict[str, Any]:
     if first is None:
         return given | {"input_ids": ids, "decoder_input_ids": ids[:, :1]}
     return given | {"encoder_outputs": (first.encoder_last_hidden_state,), "decoder_input_ids": ids}
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from surefoot.backends import keeper
 from surefoot.core.errors import InputError, SurefootError
+from surefoot.core.sockets import bind
 
 Progress = Callable[[str, "float | None"], None]
 POLL = 0.25
@@ -182,17 +182,5 @@ class ManagedServer:
 
 def free_port(host: str, port: int = 0) -> int:
     """The port if nobody listens there, or a free one for 0; asked before a model takes minutes to load."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except OSError as error:
-        raise InputError(f"cannot listen on host {host!r}: {error.strerror or error}") from None
-    with socket.socket(family, kind, proto) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-        except OSError as error:
-            why = (error.strerror or str(error)).lower()
-            raise InputError(f"cannot listen on {host}:{port}: {why}; choose another --port or --host") from None
+    with bind(host, port) as probe:
         return probe.getsockname()[1]

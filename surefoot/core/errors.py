@@ -40,3 +40,8 @@ class StepError(RuntimeError):
     def __init__(self, request_ids: list[str], cause: BaseException):
         super().__init__(f"a step with {len(request_ids)} requests failed: {type(cause).__name__}: {cause}")
         self.request_ids = request_ids
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says first, for a message of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from surefoot.core.errors import DeviceError
-from surefoot.serve.main import DrainingServer, bind, url
+from surefoot.core.sockets import bind
+from surefoot.serve.main import DrainingServer, url
 from surefoot.serve.settings import ServeSettings
 from surefoot.serve.worker import EngineLike, EngineWorker
 

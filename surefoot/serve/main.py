@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
-from surefoot.core.errors import InputError
+from surefoot.core.sockets import bind
 from surefoot.serve.app import create_app
 from surefoot.serve.sampling import sampling_defaults
 from surefoot.serve.settings import ServeSettings
@@ -77,26 +77,6 @@ class DrainingServer(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             deadline.cancel()
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A bound socket. Before the model is loaded, because loading takes minutes and a busy port is known at once."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except OSError as error:
-        raise InputError(f"cannot listen on host {host!r}: {error.strerror or error}") from None
-    listener = socket.socket(family, kind, proto)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise InputError(
-            f"cannot listen on {host}:{port}: {(error.strerror or str(error)).lower()}; choose another --port or --host"
-        ) from None
-    return listener
 
 
 def url(listener: socket.socket) -> str:

@@ -11,7 +11,7 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
-from surefoot.core.errors import ModelError
+from surefoot.core.errors import ModelError, first_line
 
 
 def read_config(folder: str | Path) -> Any:
@@ -23,7 +23,7 @@ def read_config(folder: str | Path) -> Any:
     except (KeyError, ValueError) as error:
         raise ModelError(_unreadable(folder, error, transformers.__version__)) from error
     except Exception as error:  # each architecture has its own way to dislike a config
-        raise ModelError(f"transformers cannot read {folder}/config.json: {_first_line(error)}") from error
+        raise ModelError(f"transformers cannot read {folder}/config.json: {first_line(error)}") from error
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         rope_of_version_4(part)
     return config
@@ -47,12 +47,8 @@ def major_version() -> int:
 
 def _unreadable(folder: str | Path, error: Exception, version: str) -> str:
     if "model type" not in str(error) and not isinstance(error, KeyError):
-        return f"transformers cannot read {folder}/config.json: {_first_line(error)}"
+        return f"transformers cannot read {folder}/config.json: {first_line(error)}"
     return (
         f"transformers {version} does not know the model type of {folder}/config.json: "
         f"install a newer one (pip install -U transformers; Qwen3.5 needs 5.2 or newer)"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
