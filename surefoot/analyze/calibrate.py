@@ -37,6 +37,7 @@ from surefoot.device import get_device
 from surefoot.device.base import Device
 from surefoot.engine.engine import Engine
 from surefoot.engine.load import versions
+from surefoot.ops import cpu
 from surefoot.quant.schemes import quantise_rows, scheme
 
 Progress = Callable[[str, float | None], None]
@@ -177,10 +178,11 @@ def _linear_op(variant: str, dense: torch.Tensor, device: Device) -> tuple[Calla
         return ops.linear, (dense.to(device.torch_device),)
     quant = scheme(variant)
     tensors = tuple(t.to(device.torch_device) for t in quantise_rows(dense, quant, "probe").values())
+    layout = "panels" if cpu.pack_(*tensors) else "rows"  # as a loaded layer has them
     if quant.bits == 4:
         group = quant.group_size or dense.shape[1]
-        return (lambda x, q, s: ops.linear_w4(x, q, s, group, None, quant.act)), tensors
-    return (lambda x, q, s: ops.linear_w8(x, q, s, None, quant.act)), tensors
+        return (lambda x, q, s: ops.linear_w4(x, q, s, group, None, quant.act, layout)), tensors
+    return (lambda x, q, s: ops.linear_w8(x, q, s, None, quant.act, layout)), tensors
 
 
 def _fit_engine(found: Calibration, name: str, device: Device, settings: Settings) -> None:
