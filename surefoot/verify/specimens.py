@@ -112,14 +112,19 @@ def _build(family: str, seed: int, changes: dict[str, Any]) -> Any:
     import transformers
 
     model: Any
-    if family == "llama":
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(LLAMA | NOBODY | changes)))
-    else:
-        model = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**(QWEN | NOBODY | changes)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # transformers draws the convolution by the global generator
+        if family == "llama":
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(LLAMA | NOBODY | changes)))
+        else:
+            model = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**(QWEN | NOBODY | changes)))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 1 and not name.endswith("A_log"):
+            if name.endswith("A_log"):
+                # NOTE: transformers draws rates up to 16, which forget within a token: then many faults of a state are one.
+                p.copy_(torch.empty(p.shape).uniform_(0.01, 1.0, generator=generator).log_())
+            elif p.ndim == 1:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.2)
             elif p.ndim == 2:
                 p.copy_(torch.randn(p.shape, generator=generator) * model.config.initializer_range)
