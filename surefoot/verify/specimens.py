@@ -122,7 +122,7 @@ def _build(family: str, seed: int, changes: dict[str, Any]) -> Any:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("A_log"):
-                # NOTE: transformers draws rates up to 16, which forget within a token: then many faults of a state are one.
+                # NOTE: transformers draws rates up to 16: forgetting within a token, many faults of a state are one.
                 p.copy_(torch.empty(p.shape).uniform_(0.01, 1.0, generator=generator).log_())
             elif p.ndim == 1:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.2)
