@@ -11,7 +11,7 @@ import gc
 import random
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from surefoot.bench.client import Client, Exchange, clock
 from surefoot.bench.rawlog import RequestLog
 from surefoot.bench.sse import Reader
 from surefoot.bench.stats import summary
+from surefoot.core import collector
 from surefoot.core.errors import InputError
 
 LAG_EVERY = 0.02
@@ -137,25 +138,14 @@ async def metered(meter: Meter):
     watcher = asyncio.ensure_future(meter.watch())
     began, cpu = time.perf_counter(), _cpu()
     try:
-        with _no_gc():
+        gc.collect()
+        with collector.paused():
             yield
     finally:
         meter.wall_s, meter.cpu_s = time.perf_counter() - began, _cpu() - cpu
         watcher.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await watcher
-
-
-@contextlib.contextmanager
-def _no_gc() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _cpu() -> float:
