@@ -21,7 +21,7 @@ from surefoot.core.errors import ModelError
 from surefoot.device import hugepages
 from surefoot.layers.linear import Linear
 from surefoot.ops.cpu import pack_
-from surefoot.ops.quant import rows_of
+from surefoot.ops.quant import in_rows
 from surefoot.quant.compressed_tensors import Layout, QuantisedFolder
 from surefoot.quant.packing import unpack_int8
 from surefoot.quant.schemes import Scheme, group_scale_dtype, quantise_rows
@@ -76,10 +76,7 @@ class QuantLinear(nn.Module):
 
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(weight or weight_packed, weight_scale) row by row."""
-        qweight, scale = self.stored.detach(), self.weight_scale.detach()
-        if self.layout == "panels":
-            return rows_of(qweight), rows_of(scale) if scale.dim() == 2 else scale
-        return qweight, scale
+        return in_rows(self.stored.detach(), self.weight_scale.detach(), self.layout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.scheme.bits == 8:

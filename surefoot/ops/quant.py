@@ -94,12 +94,19 @@ def panels_of(rows: torch.Tensor) -> torch.Tensor:
     return words.unflatten(0, (-1, PANEL)).transpose(1, 2).reshape(words.shape).contiguous().view(rows.dtype)
 
 
+def in_rows(qweight: torch.Tensor, scale: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and scales as stored; scales per channel [out] lie so in both layouts."""
+    if layout != "panels":
+        return qweight, scale
+    return rows_of(qweight), rows_of(scale) if scale.dim() == 2 else scale
+
+
 def _finish(y, bias, dtype):
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
 def _linear_w8(x, qweight, scale, bias=None, act="float", layout="rows"):
-    qweight = rows_of(qweight) if layout == "panels" else qweight
+    qweight, scale = in_rows(qweight, scale, layout)
     if act == "int8":
         q, token_scale = quantise_tokens(x)
         # fp64 holds every sum of integer products exactly.
@@ -109,8 +116,7 @@ def _linear_w8(x, qweight, scale, bias=None, act="float", layout="rows"):
 
 
 def _linear_w4(x, qweight, scale, group_size, bias=None, act="float", layout="rows"):
-    if layout == "panels":
-        qweight, scale = rows_of(qweight), rows_of(scale)
+    qweight, scale = in_rows(qweight, scale, layout)
     weight = dequantise_int4(qweight, scale)
     if act == "int8":
         q, token_scale = quantise_tokens(x)

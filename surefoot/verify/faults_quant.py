@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from surefoot.backends.native import NativeBackend
-from surefoot.ops.quant import pack_int4, quantise_tokens, rows_of, unpack_int4
+from surefoot.ops.quant import in_rows, pack_int4, quantise_tokens, unpack_int4
 from surefoot.verify import inject
 from surefoot.verify.faults import Fault
 
@@ -16,12 +16,10 @@ WHERE = r"model\.layers\.1\.mlp\.up_proj"
 def _op(name: str, fn):
     """The faults below see weights in rows, whatever layout the layer holds."""
 
-    def in_rows(right, x, q, scale, *rest):
-        if rest[-1] == "panels":
-            q, scale = rows_of(q), rows_of(scale) if scale.dim() == 2 else scale
-        return fn(right, x, q, scale, *rest[:-1])
+    def unpacked(right, x, q, scale, *rest):
+        return fn(right, x, *in_rows(q, scale, rest[-1]), *rest[:-1])
 
-    return lambda target, scale: inject.op(_layer(target), name, in_rows)
+    return lambda target, scale: inject.op(_layer(target), name, unpacked)
 
 
 def _layer(target: NativeBackend):

@@ -90,7 +90,7 @@ struct Int4By8 {
 #ifdef SF_DOT8
     return dot8(acc, w, a);
 #else
-    return short_dot(acc, w, a);  // into sums of 16 bits, see `dots`
+    return short_dot(acc, w, a);  // into sums of 16 bits, see `segment`
 #endif
   }
   static void order(X* row, long n) {
