@@ -2,7 +2,8 @@
 # make test    the same environment plus developer tools: lint, types, all tests
 # make test-npu  download two torch-npu wheels as data (80 MB, into build/) and test on an emulated Ascend NPU
 # make lint    ruff and mypy only          make tree    refresh the file trees in the READMEs
-# make drill   plant every fault, run everything sound, and write what the proof said of it to docs/drill.md
+# make drill   plant every fault, run everything sound, and write what the proof said of it to docs/drill.md;
+#              a quarter of an hour; stopped, it goes on where it was
 # make clean   remove the environment and everything built
 #
 # PYTHON  which Python makes the environment (3.10 or newer)
@@ -60,7 +61,7 @@ tree:
 	$(PYTHON) tools/readme_tree.py
 
 drill: $(INSTALLED)
-	$(BIN)/python -m surefoot.verify.drill -o docs/drill.md
+	$(BIN)/python -m surefoot.verify.drill -o docs/drill.md --keep build/drill.jsonl
 
 install: $(INSTALLED)
 

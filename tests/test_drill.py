@@ -10,6 +10,7 @@ from surefoot.backends.transformers import TransformersBackend
 from surefoot.canaries import path
 from surefoot.core.config import EngineConfig
 from surefoot.verify import drill, drill_page, specimens
+from surefoot.verify.drill_record import Record
 from surefoot.verify.faults import CAUSE_CLASSES, Fault, catalogue
 from surefoot.verify.measure import Measurer
 from surefoot.verify.prompt_causes import name_prompt_cause, prompt_mistakes, sampler_cause
@@ -72,6 +73,26 @@ def test_the_drill_counts_what_it_should():
     assert good.passed and good.confusion() == {"norm_eps": {"norm_eps": 1}}
     assert not drill.DrillResult([right, outcome(None, "refuted")]).passed
     assert not drill.DrillResult([right, outcome(fault, "proven")]).passed
+
+
+def test_a_drill_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    """What is on file is not run again; half a line is dropped, and so is all that other code has said."""
+    keep = tmp_path / "drill.jsonl"
+    case = drill.Case(specimens.canary("canary-llama"), "float32")
+    shot = []
+    monkeypatch.setattr(drill, "models_in", lambda *_: [case.specimen])
+    monkeypatch.setattr(drill, "fault_cases", lambda *_: [])
+    monkeypatch.setattr(drill, "sound_cases", lambda *_: [case, drill.Case(case.specimen, "bfloat16")])
+    monkeypatch.setattr(drill.Range, "shoot", lambda self, c: shot.append(c.key) or outcome(None, "proven"))
+    first = drill.run(sample=True, keep=keep)
+    assert len(shot) == 2 and len(first.sound) == 2
+    keep.write_text(keep.read_text()[:-5])
+    again = drill.run(sample=True, keep=keep)
+    assert shot[2:] == ["sound: canary-llama bfloat16 seed=0"]
+    assert [o.case.dtype for o in again.sound] == ["float32", "bfloat16"]
+    assert set(Record(keep).values) == set(shot)
+    monkeypatch.setattr("surefoot.verify.drill_record.code_digest", lambda: "other")
+    assert not Record(keep).values
 
 
 def test_prompt_mistakes_are_told_apart():

@@ -1,6 +1,6 @@
 """The drill: planted faults that the proof must find, place and name, and sound runs that it must let pass.
 
-    python -m surefoot.verify.drill -o docs/drill.md            all of it: minutes
+    python -m surefoot.verify.drill -o docs/drill.md            all of it: a quarter of an hour
     surefoot verify --drill                                     the same
 
 Each case goes through `run.verify`, as a user's model does; nothing knows that a fault was planted. What it must reach:
@@ -14,7 +14,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from surefoot.backends.native import NativeBackend
 from surefoot.backends.transformers import TransformersBackend
 from surefoot.core.config import EngineConfig
 from surefoot.verify import specimens
+from surefoot.verify.drill_record import Record
 from surefoot.verify.faults import Fault, catalogue
 from surefoot.verify.run import verify
 from surefoot.verify.shapes import VerifySettings
@@ -39,7 +40,7 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"prefill_chunk_size": 64, "max_num_seqs": 2},
     {"ops": "reference"},
 )
-SCHEMES: tuple[dict[str, Any], ...] = ({"quant": "w8a16"}, {"quant": "w8a8"}, {"quant": "w4a16"})
+SCHEMES: tuple[dict[str, Any], ...] = ({"quant": "w8a16"}, {"quant": "w8a8"}, {"quant": "w4a16"}, {"quant": "w4a8"})
 QUANTISED = 4  # the first so many models are run sound in every scheme, in fp32 and bf16
 FAULTED = 5  # the first so many models take faults; all of them are run sound
 
@@ -57,6 +58,10 @@ class Case:
     @property
     def quant(self) -> str | None:
         return self.fault.quant if self.fault else self.engine.get("quant")
+
+    @property
+    def key(self) -> str:
+        return f"{self.fault.id if self.fault else 'sound'}: {self.name}"
 
     @property
     def name(self) -> str:
@@ -78,6 +83,10 @@ class Outcome:
     sentence: str
     distance: float | None
     seconds: float
+
+    def facts(self) -> dict[str, Any]:
+        """All but the case, to be written down."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "case"}
 
     @property
     def detected(self) -> bool:
@@ -249,11 +258,11 @@ class Range:
             return verify(self.reference(specimen), target, settings).data["sensitivity"]["faults"]
 
 
-def run(progress: Progress | None = None, sample: bool = False) -> DrillResult:
-    """All cases, or a sample: two faults of every class, and every dtype without a fault."""
+def run(progress: Progress | None = None, sample: bool = False, keep: Path | None = None) -> DrillResult:
+    """All cases, or a sample: two faults of every class, and every dtype without a fault. What `keep` holds is done."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, specimens.quiet():
-        models, gallery = models_in(Path(folder), sample), Range()
+        models, gallery, record = models_in(Path(folder), sample), Range(), Record(keep)
         configs = {m.name: gallery.reference(m).model.config for m in models}
         planted = list(fault_cases(models, configs))
         if sample:
@@ -262,10 +271,14 @@ def run(progress: Progress | None = None, sample: bool = False) -> DrillResult:
         outcomes = []
         for i, case in enumerate(cases):
             if progress is not None:
-                progress(f"{case.fault.id if case.fault else 'sound'}: {case.name}", i / len(cases))
-            outcomes.append(gallery.shoot(case))
-        measured = [] if sample else [(m, d) for m in models if m.kind == "canary" for d in ("float32", "bfloat16")]
-        smallest = {f"{m.name}, {dtype}": gallery.smallest_faults(m, dtype) for m, dtype in measured}
+                progress(case.key, i / len(cases))
+            facts = record.get(case.key) or record.put(case.key, gallery.shoot(case).facts())
+            outcomes.append(Outcome(case, **facts))
+        smallest = {}
+        for model in models if not sample else ():
+            for dtype in ("float32", "bfloat16") if model.kind == "canary" else ():
+                where = f"{model.name}, {dtype}"
+                smallest[where] = record.get(where) or record.put(where, gallery.smallest_faults(model, dtype))
     return DrillResult(outcomes, time.monotonic() - began, smallest)
 
 
@@ -278,13 +291,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, help="write the page here")
     parser.add_argument("--sample", action="store_true", help="a sample: two random models")
+    parser.add_argument("--keep", type=Path, help="outcomes as they come; the same command goes on from them")
     args = parser.parse_args()
     torch.set_num_threads(2)
-    result = run(lambda what, share: print(f"{share or 0:5.0%}  {what}", flush=True), args.sample)
+    result = run(lambda what, share: print(f"{share or 0:5.0%}  {what}", flush=True), args.sample, args.keep)
     text = page(result)
     print(text)
     if args.output:
         args.output.write_text(text, encoding="utf-8")
+    if args.keep:
+        args.keep.unlink()
     return 0 if result.passed else 1
 
 
