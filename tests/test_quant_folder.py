@@ -118,7 +118,7 @@ def act_change(**changes):
 
 
 REFUSED = [
-    ("w4a16", weights_change(symmetric=False), "config_groups.group_0.weights.symmetric False"),
+    ("w4a16", weights_change(symmetric=False), "config_groups.group_0.weights.symmetric false"),
     ("w4a16", weights_change(actorder="group"), "config_groups.group_0.weights.actorder 'group'"),
     ("w4a16", weights_change(type="float"), "config_groups.group_0.weights.type 'float'"),
     ("w4a16", weights_change(num_bits=3), "config_groups.group_0.weights.num_bits 3"),
@@ -126,21 +126,25 @@ REFUSED = [
     ("w4a16", weights_change(strategy="block"), "config_groups.group_0.weights.strategy 'block'"),
     ("w8a8", weights_change(strategy="tensor"), "config_groups.group_0.weights.strategy 'tensor'"),
     ("w8a16", weights_change(strategy="group", group_size=32), "config_groups.group_0.weights.strategy 'group'"),
-    ("w8a8", act_change(dynamic=False), "config_groups.group_0.input_activations.dynamic False"),
+    ("w8a8", act_change(dynamic=False), "config_groups.group_0.input_activations.dynamic false"),
     ("w8a8", act_change(dynamic="local"), "config_groups.group_0.input_activations.dynamic 'local'"),
-    ("w8a8", act_change(symmetric=False), "config_groups.group_0.input_activations.symmetric False"),
+    ("w8a8", act_change(symmetric=False), "config_groups.group_0.input_activations.symmetric false"),
     ("w8a8", act_change(strategy="tensor"), "config_groups.group_0.input_activations.strategy 'tensor'"),
     ("w8a8", lambda c: c["config_groups"]["group_0"].update(format="float-quantized"), "'float-quantized'"),
     ("w4a16", lambda c: c["config_groups"]["group_0"].update(format="int-quantized"), "group_0.format 'int-quantized'"),
     ("w4a16", lambda c: c["config_groups"]["group_0"].update(input_activations={"num_bits": 8}), "input_activations"),
     ("w8a8", lambda c: c["config_groups"]["group_0"].update(output_activations={"num_bits": 8}), "output_activations"),
-    ("w8a8", lambda c: c["config_groups"]["group_0"].pop("weights"), "config_groups.group_0 has no weights entry"),
+    (
+        "w8a8",
+        lambda c: c["config_groups"]["group_0"].pop("weights"),
+        "config_groups.group_0.weights null is not supported",
+    ),
     ("w8a8", lambda c: c["config_groups"]["group_0"].update(targets="Linear"), "targets must be a list of strings"),
     ("w8a8", lambda c: c["config_groups"].clear(), "config_groups is missing or empty"),
     ("w8a8", lambda c: c.update(ignore=["re:("]), "'re:(' is no regular expression"),
     ("w8a8", lambda c: c.update(quant_method="gptq"), "quantised by 'gptq', which is not supported"),
-    ("w8a8", lambda c: c.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
-    ("w8a8", lambda c: c.update(quantization_status="frozen"), "quantization_status 'frozen'"),
+    ("w8a8", lambda c: c.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme {...} is not supported, only null"),
+    ("w8a8", lambda c: c.update(quantization_status="calibration"), "quantization_status 'calibration'"),
     ("w8a8", lambda c: c.update(sparsity_config={"format": "sparse-24"}), "sparsity_config.format 'sparse-24'"),
     ("w8a8", lambda c: c.update(transform_config={"config_groups": {"a": {}}}), "transform_config"),
 ]
@@ -155,6 +159,25 @@ def test_what_we_cannot_do_is_refused_by_name(name, change, says):
         with pytest.raises(ModelError) as error:
             parse(place)
         assert says in str(error.value) and "\n" not in str(error.value)
+
+
+SAID_OTHERWISE = [
+    lambda c: c.update(quantization_status="frozen", global_compression_ratio=1.24),  # as of 2024
+    lambda c: (c.update(format="naive-quantized"), c["config_groups"]["group_0"].pop("format")),
+    lambda c: c.update(sparsity_config={"format": "dense", "targets": []}, transform_config={}, version="0.12.2"),
+    act_change(observer="memoryless", scale_dtype=None, zp_dtype="torch.int8"),
+    weights_change(group_size=-1, actorder="static"),
+    lambda c: [c.pop(key) for key in ("quantization_status", "kv_cache_scheme")],
+]
+
+
+@pytest.mark.parametrize("change", SAID_OTHERWISE)
+def test_the_same_said_otherwise_is_read_the_same(change):
+    """As in folders of llm-compressor through the years."""
+    config = config_for(scheme("w8a8"), ["lm_head"])
+    usual = parse({"quantization_config": config})
+    change(config)
+    assert parse({"quantization_config": config}) == usual
 
 
 def test_a_path_goes_before_a_regex_and_that_before_a_class():
@@ -297,7 +320,8 @@ def test_nothing_that_exists_is_touched(tmp_path, capsys):
     (tmp_path / "full" / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "q.partial").mkdir()
-    for target, says in (("full", "is not empty"), ("file", "is no folder"), ("q", "q.partial exists")):
+    refused = {"full": "is not empty", "file": "is no folder", "q": "q.partial exists", "file/q": "Not a directory"}
+    for target, says in refused.items():
         assert quantize("--scheme", "w8a8", "-o", str(tmp_path / target)) == 2
         assert says in one_line(capsys)
     assert (tmp_path / "full" / "notes.txt").read_text() == (tmp_path / "file").read_text() == "mine"
@@ -311,11 +335,12 @@ def test_an_unfinished_folder_leaves_nothing_behind(tmp_path, capsys, monkeypatc
         quant_folder.shutil, "disk_usage", lambda path: quant_folder.shutil._ntuple_diskusage(9, 9, 1000)
     )
     assert quantize("--scheme", "w8a8", "-o", str(out)) == 2
-    assert "needs 0.0 GB and the disk has 0.0 GB free" in one_line(capsys)
+    assert "needs 2 MB and the disk has 0 MB free" in one_line(capsys)
     monkeypatch.undo()
     for failure, code in ((OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)):
 
-        def fail(*args, failure=failure):
+        def fail(file, *args, failure=failure):
+            assert not (file.path.parent / "config.json").exists(), "half a folder must not look like a model"
             raise failure
 
         monkeypatch.setattr(quant_folder.SafetensorsWriter, "_put", fail)

@@ -19,6 +19,9 @@ from surefoot.quant.schemes import SCHEMES, Scheme
 
 METHOD = "compressed-tensors"
 PLAIN, PACKED = "int-quantized", "pack-quantized"
+STORED_AS = {PLAIN: PLAIN, "naive-quantized": PLAIN, PACKED: PACKED}  # the second is PLAIN's older name
+# NOTE: older tools stored integers and left the status of the model in memory, "frozen"; the tensors' dtypes decide.
+STATUSES = ("compressed", "frozen")
 HINT = "use a symmetric W8A8, W8A16 or W4A16 version, or the unquantised model with --quant"
 
 
@@ -80,20 +83,25 @@ def _find(config: dict[str, Any]) -> Any:
 
 
 def _refuse(field: str, value: Any, allowed: str) -> ModelError:
-    return ModelError(f"quantization_config: {field} {value!r} is not supported, only {allowed}; {HINT}")
+    shown = "{...}" if isinstance(value, dict) else _json(value)
+    return ModelError(f"quantization_config: {field} {shown} is not supported, only {allowed}; {HINT}")
+
+
+def _json(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _refuse_extras(found: dict[str, Any]) -> None:
     status = found.get("quantization_status", "compressed")
-    if status != "compressed":
-        raise _refuse("quantization_status", status, "'compressed'")
+    if status not in STATUSES:
+        raise _refuse("quantization_status", status, " and ".join(map(repr, STATUSES)))
     if found.get("kv_cache_scheme"):
         raise _refuse("kv_cache_scheme", found["kv_cache_scheme"], "null")
     sparsity = (found.get("sparsity_config") or {}).get("format", "dense")
     if sparsity != "dense":
         raise _refuse("sparsity_config.format", sparsity, "'dense'")
     if (found.get("transform_config") or {}).get("config_groups"):
-        raise _refuse("transform_config", "...", "an empty one")
+        raise _refuse("transform_config", found["transform_config"], "an empty one")
 
 
 def _strings(value: Any, field: str) -> tuple[str, ...]:
@@ -108,20 +116,24 @@ def _strings(value: Any, field: str) -> tuple[str, ...]:
 
 
 def _group(where: str, group: Any, found: dict[str, Any]) -> tuple[tuple[str, ...], Layout]:
-    if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
-        raise ModelError(f"quantization_config: {where} has no weights entry: get config.json again")
+    if not isinstance(group, dict):
+        raise ModelError(f"quantization_config: {where} is no object: get config.json again")
+    if not isinstance(group.get("weights"), dict):
+        raise _refuse(f"{where}.weights", group.get("weights"), "an object that describes weights")
     targets = _strings(group.get("targets") or [], f"{where}.targets")
     weights, act = group["weights"], group.get("input_activations")
+    weights = weights | {"actorder": weights.get("actorder") or None}  # false means none
     if group.get("output_activations"):
-        raise _refuse(f"{where}.output_activations", "...", "null")
-    layout_format = group.get("format") or found.get("format")
-    if layout_format not in (PLAIN, PACKED):
-        raise _refuse(f"{where}.format", layout_format, f"{PLAIN!r} and {PACKED!r}")
+        raise _refuse(f"{where}.output_activations", group["output_activations"], "null")
+    given = group.get("format") or found.get("format")
+    layout_format = STORED_AS.get(str(given))
+    if layout_format is None:
+        raise _refuse(f"{where}.format", given, f"{PLAIN!r} and {PACKED!r}")
     bits = weights.get("num_bits")
     _expect(f"{where}.weights", weights, type=("int",), num_bits=(4, 8), symmetric=(True,), dynamic=(False,))
-    _expect(f"{where}.weights", weights, actorder=(None, False, "weight", "static"))
+    _expect(f"{where}.weights", weights, actorder=(None, "weight", "static"))
     if bits == 4 and layout_format != PACKED:
-        raise _refuse(f"{where}.format", layout_format, f"{PACKED!r} for 4 bits")
+        raise _refuse(f"{where}.format", given, f"{PACKED!r} for 4 bits")
     scheme = _int4(where, weights, act) if bits == 4 else _int8(where, weights, act)
     return targets, Layout(scheme, layout_format == PACKED)
 
@@ -135,7 +147,7 @@ def _expect(where: str, given: dict[str, Any], **allowed: tuple) -> None:
         value = given.get(field, _DEFAULTS.get(field))
         # NOTE: 1 == True and 0 == False in Python; a JSON file that says 1 for true is not worth a special case.
         if value not in values:
-            raise _refuse(f"{where}.{field}", value, " or ".join(repr(v) for v in values if v is not None))
+            raise _refuse(f"{where}.{field}", value, " or ".join(_json(v) for v in values))
 
 
 def _strategy(weights: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import as_completed
 from contextlib import contextmanager
@@ -67,14 +68,13 @@ def write_quantised(
     untied = [name for name in tied if name.removesuffix(".weight") in selection.modules]
     with _appearing(out, after) as folder:
         _copy_small_files(checkpoint.folder, folder)
-        _write_json(folder / "config.json", _config(checkpoint, selection, cut_tie=bool(untied)))
         names = _file_names(len(shards))
         done, total = 0, sum(checkpoint.info(source).nbytes for source, _ in sources) or 1
         owner = {name: i for i, shard in enumerate(shards) for name in shard}
         for i, shard in enumerate(shards):
             mine = [(s, t) for s, t in sources if owner[_entries(checkpoint.info(s), t, selection)[0][0]] == i]
-            with SafetensorsWriter(folder / names[i], shard) as file, workers() as pool:
-                pending = {pool.submit(_write, checkpoint, s, t, selection, file): s for s, t in mine}
+            with SafetensorsWriter(folder / names[i], shard) as file, workers() as pool, _stopping() as stop:
+                pending = {pool.submit(_write, checkpoint, s, t, selection, file, stop): s for s, t in mine}
                 for future in as_completed(pending):
                     future.result()
                     done += checkpoint.info(pending[future]).nbytes
@@ -83,6 +83,8 @@ def write_quantised(
         if len(shards) > 1:
             weight_map = {name: names[i] for name, i in sorted(owner.items())}
             _write_json(folder / INDEX, {"metadata": {"total_size": after}, "weight_map": weight_map})
+        # Last: a folder that a kill left half written is no model folder, even if its file has the full length.
+        _write_json(folder / "config.json", _config(checkpoint, selection, cut_tie=bool(untied)))
     return Written(out, checkpoint.total_bytes, after, len(shards))
 
 
@@ -145,16 +147,37 @@ def _file_names(count: int) -> list[str]:
     return [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
 
 
-def _write(checkpoint: Checkpoint, source: str, target: str, selection: Selection, file: SafetensorsWriter) -> None:
+@contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """Set when the block ends: after Ctrl-C nobody waits until a tensor of gigabytes is written to its end."""
+    stop = threading.Event()
+    try:
+        yield stop
+    finally:
+        stop.set()
+
+
+def _write(
+    checkpoint: Checkpoint,
+    source: str,
+    target: str,
+    selection: Selection,
+    file: SafetensorsWriter,
+    stop: threading.Event,
+) -> None:
     info = checkpoint.info(source)
     names = [name for name, _ in _entries(info, target, selection)]
     if len(names) == 1:
         buffer = torch.empty(min(COPY_BYTES, max(info.nbytes, 16)), dtype=torch.uint8)
         for begin, piece in checkpoint.chunks(source, buffer):
+            if stop.is_set():
+                return
             file.write(target, begin, piece)
         return
     row = 0
     for piece in checkpoint.rows(source, ROWS_BYTES):
+        if stop.is_set():
+            return
         held = quantise_rows(piece, selection.scheme, target)
         weight = next(tensor for leaf, tensor in held.items() if leaf != "weight_scale")
         if weight.dtype == torch.int8 and names[0].endswith("weight_packed"):
@@ -201,16 +224,15 @@ def _appearing(out: Path, nbytes: int) -> Iterator[Path]:
     check_target(out)
     partial = out.with_name(out.name + ".partial")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
+        if partial.exists():
+            raise InputError(f"{partial} exists: another run is writing it, or one was killed; then delete it")
+        partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
-    except FileExistsError:
-        raise InputError(f"{partial} exists: another run is writing it, or one was killed; then delete it") from None
     except OSError as error:
         raise InputError(f"cannot create {partial}: {error.strerror or error}") from None
     try:
         if free < nbytes:
-            raise InputError(f"{out} needs {nbytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free")
+            raise InputError(f"{out} needs {nbytes / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB free")
         yield partial
         check_target(out)  # somebody may have made it meanwhile
         os.replace(partial, out)
