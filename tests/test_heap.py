@@ -15,7 +15,7 @@ import json, resource, torch
 from surefoot.device import heap
 
 def faults_of_a_result():
-    for _ in range(6):
+    for _ in range(12):  # the last counts, see below
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         a, b = torch.zeros(8 << 20, dtype=torch.uint8), torch.zeros(8 << 20, dtype=torch.uint8)
         del a, b
@@ -37,16 +37,12 @@ print(json.dumps([usual, kept, again, given_back]))
 
 @pytest.mark.skipif(heap._glibc() is None, reason="not glibc")
 def test_freed_blocks_are_kept_but_not_while_an_engine_is_loaded():
-    # One process in six maps one of its two blocks anew (as the addresses are drawn, it seems), so several are asked.
-    seen = []
-    for _ in range(5):
-        done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-        usual, kept, again, given_back = json.loads(done.stdout)
-        seen.append((usual, kept, again, given_back))
-        assert kept < 0.6 * min(usual, again), seen
-        if kept < 100 and given_back > 12 << 20:
-            return
-    raise AssertionError(seen)
+    # NOTE: up to six rounds map anew. torch asks for aligned blocks, for which glibc before 2.38 wants more room than a
+    # freed one of the same size has, so it takes new memory until enough freed ones lie side by side.
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    usual, kept, again, given_back = json.loads(done.stdout)
+    assert kept < 100 and kept < 0.6 * min(usual, again), done.stdout
+    assert given_back > 12 << 20, done.stdout
 
 
 def test_elsewhere_nothing_happens(monkeypatch):
