@@ -30,7 +30,8 @@ class FakeEngine:
     def __init__(self, template: bool = True, max_model_len: int = 200):
         self.tokenizer = FakeTokenizer(template)
         self.max_model_len = max_model_len
-        self.info = SimpleNamespace(model="fake", device="cpu", dtype="float32", notes=["a note"], as_dict=lambda: INFO)
+        facts = {"model": "fake", "device": "cpu", "dtype": "float32", "precision": "float32", "notes": ["a note"]}
+        self.info = SimpleNamespace(**facts, as_dict=lambda: INFO)
         self.running = {}
         self.prompts = []
         self.cancelled = []
@@ -49,6 +50,9 @@ class FakeEngine:
     def cancel(self, request_id):
         self.cancelled.append(request_id)
         self.running.pop(request_id, None)
+
+    def generate(self, prompts, params):
+        return []
 
     def has_unfinished(self):
         return bool(self.running)

@@ -297,7 +297,10 @@ def test_the_verb_writes_a_folder_that_runs(tmp_path, capsys):
     assert names >= {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     assert "chat_template.jinja" in names and not list(tmp_path.rglob("*.partial"))
     assert run_cli(["run", str(out), "What is the capital of France?"]) == 0
-    assert "Paris" in capsys.readouterr().out
+    answer = capsys.readouterr()
+    assert "Paris" in answer.out and "| w4a16 in bfloat16 |" in answer.err
+    assert run_cli(["info", str(out), "--json"]) == 0
+    assert "linear_w4/cpu" in json.loads(capsys.readouterr().out)["ops"]
 
 
 @pytest.mark.parametrize(

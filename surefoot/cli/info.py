@@ -15,7 +15,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of a
 
 @flags(EngineConfig, "config", ENGINE)
 def info(model: Model, as_json: Json = False, *, config: EngineConfig) -> None:
-    """Load a model and show what is in effect: sizes, dtype, cache plan, limits, versions.
+    """Load a model and show what is in effect: sizes, dtype, cache plan, limits, kernels, versions.
 
     \b
     Examples:
@@ -24,8 +24,12 @@ def info(model: Model, as_json: Json = False, *, config: EngineConfig) -> None:
       surefoot info DIR --random-weights 0             # a folder with only a config.json
     """
     from surefoot.cli.load import load_engine
+    from surefoot.core.sampling import SamplingParams
 
-    facts = load_engine(model, config).info.as_dict()
+    engine = load_engine(model, config)
+    if engine.max_model_len >= 4:  # a prefill and a decode, so that it is known which kernels they take
+        engine.generate([[0, 1]], SamplingParams(max_tokens=2))
+    facts = engine.info.as_dict()
     if as_json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return

@@ -116,5 +116,10 @@ class EngineInfo:
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def precision(self) -> str:
+        """What a line beside a speed has to say: "bfloat16", or "w8a8 in bfloat16"."""
+        return f"{self.quant['scheme']} in {self.dtype}" if self.quant else self.dtype
+
     def as_dict(self) -> dict:
         return asdict(self)

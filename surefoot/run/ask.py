@@ -171,7 +171,7 @@ def run(engine: Engine, prompt: str, params: SamplingParams, style: Style) -> No
 
 
 def summary(engine: Engine, answer: Answer, template: str) -> str:
-    """The figures: tokens and why they ended, time to first token, decode speed, device, dtype, template."""
+    """The figures: tokens and why they ended, time to first token, decode speed, device, scheme and dtype, template."""
     speed = answer.decode_tokens_per_s
     decode = "decode -" if speed is None else f"decode {speed:.1f} tok/s = (n - 1) / (last - first token)"
     ttft = "-" if answer.ttft_s is None else f"{answer.ttft_s:.3f} s"
@@ -181,7 +181,7 @@ def summary(engine: Engine, answer: Answer, template: str) -> str:
         f"first token {ttft}",
         decode,
         engine.info.device,
-        engine.info.dtype,
+        engine.info.precision,
         f"template {template}",
     ]
     return " | ".join(parts)

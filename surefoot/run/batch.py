@@ -178,6 +178,6 @@ def _summary(engine: Engine, answers: list[ask.Answer], seconds: float) -> str:
             f"median first token {median}",
             f"{out / seconds:.1f} output tok/s = output tokens / {seconds:.2f} s from first prompt to last answer",
             engine.info.device,
-            engine.info.dtype,
+            engine.info.precision,
         ]
     )

@@ -49,7 +49,9 @@ def run(engine: Engine, params: SamplingParams, style: ask.Style, read: Callable
 
 def _greet(engine: Engine, templated: bool) -> None:
     info = engine.info
-    _note(f"{info.model} on {info.device} ({info.dtype}). /reset starts anew, /exit leaves, Ctrl-C stops an answer.")
+    _note(
+        f"{info.model} on {info.device} ({info.precision}). /reset starts anew, /exit leaves, Ctrl-C stops an answer."
+    )
     if not templated:
         _note("No chat template in use: each line is continued by itself, without history.")
 

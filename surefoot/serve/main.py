@@ -93,6 +93,7 @@ def start_line(engine: EngineLike, settings: ServeSettings, listener: socket.soc
     facts = {
         "device": info.device,
         "dtype": info.dtype,
+        **({"quant": info.quant["scheme"]} if info.quant else {}),
         "max_model_len": engine.max_model_len,
         "max_num_seqs": info.max_num_seqs,
         "prefix_caching": info.prefix_caching,
