@@ -4,6 +4,7 @@ NaN and infinity, strided views, other thread counts; and the package without th
 from __future__ import annotations
 
 import copy
+import mmap
 import subprocess
 import sys
 import warnings
@@ -74,8 +75,8 @@ def test_every_sample_equals_the_reference(isa, op):
                     )
 
 
-def test_every_op_but_the_embedding_has_a_kernel():
-    assert set(REGISTRY) - set(OPS) == {"embedding"}
+def test_every_op_has_a_kernel():
+    assert set(REGISTRY) == set(OPS)
 
 
 def test_isa_is_refused_when_unknown():
@@ -130,6 +131,51 @@ def test_gates_reach_their_limits(isa):
     one = torch.ones_like(far)
     torch.testing.assert_close(ops.sigmoid_mul(one, far), torch.sigmoid(far), equal_nan=True)
     torch.testing.assert_close(ops.swiglu(far, one), torch.nn.functional.silu(far), equal_nan=True)
+
+
+def test_addition_is_pytorchs_bit_by_bit(isa, threads):
+    threads(2)
+    for dtype in DTYPES:
+        for rows, width in [(1, 2048), (8, 2048), (40, 1030), (3, 7), (1, 1)]:
+            x, y = randn(rows, width, dtype=dtype), randn(rows, width, dtype=dtype, seed=1) * 100
+            x[0, 0], y[-1, -1], x[rows // 2, width // 2] = torch.nan, torch.inf, -torch.inf
+            assert torch.equal(ops.add(x, y).nan_to_num(1234.0), (x + y).nan_to_num(1234.0)), (dtype, rows, width)
+    wide = randn(6, 64)
+    assert torch.equal(ops.add(wide[:, 8:24], wide[:, 32:48]), wide[:, 8:24] + wide[:, 32:48])
+    assert torch.equal(ops.add(wide, wide[0]), wide + wide[0]), "what has to be broadcast is PyTorch's"
+
+
+def test_angles_of_a_token_are_the_same_in_any_batch(threads):
+    positions, inv_freq = torch.tensor([131071, 0, 77, *range(200)]), 1.0 / 5e5 ** (torch.arange(0, 64, 2) / 64)
+    angle = positions.double().float().unsqueeze(-1) * inv_freq
+    threads(2)
+    cos, sin = ops.rotary_angles(positions, inv_freq)
+    torch.testing.assert_close(cos.double(), angle.double().cos(), atol=1e-7, rtol=0)
+    torch.testing.assert_close(sin.double(), angle.double().sin(), atol=1e-7, rtol=0)
+    for i in (0, 1, 2, 150):
+        alone = ops.rotary_angles(positions[i : i + 1], inv_freq)
+        assert torch.equal(alone[0][0], cos[i]) and torch.equal(alone[1][0], sin[i])
+
+
+def test_embedding_takes_rows_of_any_size_from_a_mapped_file(tmp_path, threads):
+    """Also a file whose pages are not in memory, and rows that begin within a page."""
+    threads(2)
+    for width, dtype in [(2048, torch.bfloat16), (33, torch.float32), (7, torch.float16)]:
+        table = randn(300, width, dtype=dtype)
+        (tmp_path / "table").write_bytes(b"123456" + table.view(torch.uint8).numpy().tobytes())
+        with open(tmp_path / "table", "r+b") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        mapped = torch.frombuffer(pages, dtype=dtype, offset=6, count=table.numel()).view(300, width)
+        ids = torch.randint(0, 300, (129,), generator=torch.Generator().manual_seed(0))
+        for rows in (ids, ids[:1], ids[:8]):
+            assert torch.equal(ops.embedding(rows, mapped), table[rows])
+
+
+def test_embedding_refuses_what_is_outside_the_table(threads):
+    table = randn(10, 4)
+    for bad in (-1, 10, 1 << 40):
+        with pytest.raises(IndexError, match="of a table of 10"):
+            ops.embedding(torch.tensor([3, bad]), table)
 
 
 def attention_call(query_lens, seq_lens, dtype=torch.float32, heads=8, kv_heads=2, dim=64, block_size=16):

@@ -109,7 +109,8 @@ def test_linear_flops_and_compulsory_bytes_by_hand():
     kv = 4 * 32 * layers * 2 * 2 * 16 * 4
     written = 4 * layers * 2 * 2 * 16 * 4 + 4 * layers * 8  # new keys and values, and their slots
     norms, embedding = (2 * layers + 1) * hidden * 4, 4 * (hidden * 4 + 8)
-    assert cost.total(lambda call: call.must_move) == weights * 4 + kv + written + norms + embedding
+    angles = 4 * 8 + 8 * 4  # positions and frequencies
+    assert cost.total(lambda call: call.must_move) == weights * 4 + kv + written + norms + embedding + angles
     assert cost.total(lambda call: call.bytes) > cost.total(lambda call: call.must_move)
 
 

@@ -134,6 +134,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
 # On the meta device only the shape of a result matters; ops that are not here run in their plain PyTorch form, some of
 # which loop over requests and tokens.
 _SHAPE_OF: dict[str, Callable[..., Any]] = {
+    "add": _like_first,
     "add_rms_norm": _two_like,
     "causal_conv": _like_first,
     "causal_conv_step": _like_first,
@@ -148,6 +149,7 @@ _SHAPE_OF: dict[str, Callable[..., Any]] = {
     "paged_attention": _like_first,
     "rms_norm": _like_first,
     "rotary": _two_like,
+    "rotary_angles": lambda positions, freq: tuple(freq.new_empty(len(positions), freq.shape[-1]) for _ in range(2)),
     "sigmoid_mul": _like_first,
     "swiglu": _like_first,
 }

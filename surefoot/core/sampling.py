@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from surefoot.core.errors import InputError
 
@@ -90,3 +91,9 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether the most likely token is all that is ever wanted: greedy, no edit of logits, no log-probabilities."""
+        penalised = self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
+        return self.greedy and self.logprobs is None and not (penalised or self.logit_bias or self.min_tokens)

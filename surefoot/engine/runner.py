@@ -103,6 +103,10 @@ class Runner:
             return False
         rows = [i for i, item in enumerate(step.items) if item.samples]
         items = [step.items[i] for i in rows]
+        if all(item.request.params.plain for item in items):
+            tokens = decoded.greedy[:, 0].tolist()
+            result.tokens = {step.items[i].request.request_id: (tokens[i], None) for i in rows}
+            return True
         logits, greedy = decoded.logits[: len(step.items)], decoded.greedy[: len(step.items)]
         if len(rows) < len(step.items):
             keep = torch.tensor(rows, device=self.device)

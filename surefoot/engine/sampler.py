@@ -51,10 +51,10 @@ class SampledTokens:
     top_logprobs: torch.Tensor | None = None
 
     def pack(self) -> torch.Tensor:
-        """All of it as one int32 [N, 1] or [N, 3 + 2K] tensor, for a single copy to the host; see `unpack`."""
-        ids = self.token_ids.to(torch.int32).unsqueeze(-1)
+        """All of it in one tensor for a single copy to the host: [N, 1] int64, or [N, 3 + 2K] int32; see `unpack`."""
         if self.logprobs is None or self.ranks is None or self.top_ids is None or self.top_logprobs is None:
-            return ids
+            return self.token_ids.unsqueeze(-1)
+        ids = self.token_ids.to(torch.int32).unsqueeze(-1)
         floats = torch.cat([self.logprobs.unsqueeze(-1), self.top_logprobs], dim=-1).view(torch.int32)
         ranks = self.ranks.to(torch.int32).unsqueeze(-1)
         return torch.cat([ids, ranks, floats, self.top_ids.to(torch.int32)], dim=-1)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surefoot import ops
 from surefoot.core.errors import ModelError
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
@@ -79,8 +80,7 @@ class RotaryEmbedding(nn.Module):
         inv_freq = self.inv_freq
         if rope_lens is not None:
             inv_freq = dynamic_inverse_frequencies(self.config, inv_freq, rope_lens)
-        angle = positions.float().unsqueeze(-1) * inv_freq
-        return angle.cos(), angle.sin()
+        return ops.rotary_angles(positions, inv_freq)
 
 
 def inverse_frequencies(config: RopeConfig, device: torch.device) -> torch.Tensor:

@@ -104,7 +104,7 @@ class LlamaDecoderLayer(nn.Module):
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Batch) -> torch.Tensor:
         attended = self.self_attn(self.input_layernorm(x), cos, sin, batch)
         h, x = self.post_attention_layernorm(attended, residual=x)
-        return x + self.mlp(h)
+        return ops.add(x, self.mlp(h))
 
 
 class LlamaModel(nn.Module):

@@ -170,7 +170,7 @@ class Qwen3_5DecoderLayer(nn.Module):
         h = self.input_layernorm(x)
         mixed = self.linear_attn(h, batch) if self.is_linear else self.self_attn(h, cos, sin, batch)
         h, x = self.post_attention_layernorm(mixed, residual=x)
-        return x + self.mlp(h)
+        return ops.add(x, self.mlp(h))
 
 
 class Qwen3_5TextModel(nn.Module):

@@ -1,4 +1,4 @@
-"""Elementwise gates: SwiGLU of an MLP and the sigmoid output gate of Qwen3.5's attention."""
+"""Elementwise: SwiGLU of an MLP, the sigmoid output gate of Qwen3.5's attention, and the residual addition."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """x * sigmoid(gate). x, gate: [T, D] or [T, H, D]."""
     return dispatch(SIGMOID_MUL, x.device.type, (x, gate), {})
+
+
+def add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x + y, both [T, D]: what a layer adds to its residual where no norm follows in the same layer."""
+    return dispatch(ADD, x.device.type, (x, y), {})
 
 
 def _swiglu(gate, up):
@@ -54,6 +59,15 @@ SIGMOID_MUL = define(
         _sigmoid_mul,
         cost=lambda x, gate: Cost(5 * x.numel(), 3 * nbytes(x)),
         samples=_samples("x", "gate"),
+        tolerance=ELEMENTWISE,
+    )
+)
+ADD = define(
+    OpSpec(
+        "add",
+        lambda x, y: x + y,
+        cost=lambda x, y: Cost(x.numel(), 3 * nbytes(x)),
+        samples=_samples("x", "y"),
         tolerance=ELEMENTWISE,
     )
 )

@@ -1,4 +1,4 @@
-"""Rotary position embedding applied to queries and keys, "half" (NeoX) layout, over the first rotary dimensions."""
+"""Rotary position embedding, "half" (NeoX) layout over the first rotary dimensions: the angles, and turning by them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
     q: [T, H, D]; k: [T, Hk, D]; cos, sin: [T, R] fp32 with 2R <= D. Returns new (q, k).
     """
     return dispatch(ROTARY, q.device.type, (q, k, cos, sin), {})
+
+
+def rotary_angles(positions: torch.Tensor, inv_freq: torch.Tensor):
+    """(cos, sin) [T, R] fp32 of positions [T] int64 times inv_freq, [R] fp32 or, a row for each token, [T, R]."""
+    return dispatch(ROTARY_ANGLES, positions.device.type, (positions, inv_freq), {})
+
+
+def _angles(positions, inv_freq):
+    angle = positions.float().unsqueeze(-1) * inv_freq
+    return angle.cos(), angle.sin()
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -50,6 +60,34 @@ def _samples():
     ]
 
 
+def _angle_samples():
+    def sample(name, positions, half, each=False):
+        def make(dtype, device, gen):
+            inv_freq = torch.rand(*([len(positions)] if each else []), half, generator=gen)
+            return {"positions": torch.tensor(positions, device=device), "inv_freq": inv_freq.to(device)}
+
+        return Sample(name, make)
+
+    return [
+        sample("decode", [0, 17, 8191, 131071], 32),
+        sample("prefill", list(range(100, 229)), 64),
+        sample("one, odd", [5], 7),
+        sample("a row each", [1, 40000], 32, each=True),
+    ]
+
+
+ROTARY_ANGLES = define(
+    OpSpec(
+        "rotary_angles",
+        _angles,
+        cost=lambda positions, inv_freq: Cost(
+            40.0 * positions.numel() * inv_freq.shape[-1],
+            nbytes(positions, inv_freq) + 8 * positions.numel() * inv_freq.shape[-1],
+        ),
+        samples=_angle_samples,
+        tolerance=ELEMENTWISE,
+    )
+)
 ROTARY = define(
     OpSpec(
         "rotary",

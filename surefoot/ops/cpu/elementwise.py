@@ -1,4 +1,4 @@
-"""RMSNorm and relatives, gates, the rotary embedding and the greedy choice by the C++ kernels."""
+"""RMSNorm and relatives, gates, both embeddings and the greedy choice by the C++ kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from surefoot.ops.cpu.common import CODE, KERNELS, PRIORITY, row_stride, token_r
 from surefoot.ops.spec import register
 
 _NAME = KERNELS.isa()
-_SWIGLU, _SIGMOID_MUL = 0, 1
+_SWIGLU, _SIGMOID_MUL, _ADD = 0, 1, 2
 
 
 def _norm_ok(x, weight, eps) -> bool:
@@ -93,6 +93,50 @@ def swiglu(gate, up):
 @register("sigmoid_mul", "cpu", _NAME, supports=lambda x, gate: _gate_ok(x, gate), priority=PRIORITY)
 def sigmoid_mul(x, gate):
     return _gate(_SIGMOID_MUL, x, gate)
+
+
+@register("add", "cpu", _NAME, supports=lambda x, y: x.shape == y.shape and _gate_ok(x, y), priority=PRIORITY)
+def add(x, y):
+    return _gate(_ADD, x, y)
+
+
+def _ids_ok(ids) -> bool:
+    return ids.dtype == torch.int64 and ids.dim() == 1 and ids.is_contiguous() and ids.numel() > 0
+
+
+@register(
+    "embedding",
+    "cpu",
+    _NAME,
+    supports=lambda input_ids, weight: _ids_ok(input_ids) and weight.is_contiguous(),
+    priority=PRIORITY,
+)
+def embedding(input_ids, weight):
+    rows, width = weight.shape
+    tokens = input_ids.shape[0]
+    out = torch.empty(tokens, width, dtype=weight.dtype)
+    KERNELS.gather(weight.data_ptr(), rows, width * weight.element_size(), input_ids.data_ptr(), out.data_ptr(), tokens)
+    return out
+
+
+def _angles_ok(positions, inv_freq) -> bool:
+    return _ids_ok(positions) and inv_freq.dtype == torch.float32 and inv_freq.is_contiguous()
+
+
+@register("rotary_angles", "cpu", _NAME, supports=_angles_ok, priority=PRIORITY)
+def rotary_angles(positions, inv_freq):
+    tokens, half = positions.shape[0], inv_freq.shape[-1]
+    cos, sin = torch.empty(tokens, half), torch.empty(tokens, half)
+    KERNELS.rotary_angles(
+        positions.data_ptr(),
+        inv_freq.data_ptr(),
+        half if inv_freq.dim() == 2 else 0,
+        cos.data_ptr(),
+        sin.data_ptr(),
+        tokens,
+        half,
+    )
+    return cos, sin
 
 
 def _rotary_ok(q, k, cos, sin) -> bool:

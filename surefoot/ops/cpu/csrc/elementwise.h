@@ -1,4 +1,4 @@
-// RMSNorm and its fused relatives, gates, rotary embedding: one pass over memory each, arithmetic in fp32.
+// RMSNorm and its fused relatives, gates, addition, rotary embedding: one pass over memory each, arithmetic in fp32.
 #pragma once
 #include <math.h>
 
@@ -47,17 +47,30 @@ static void norm(const Norm& n) {
   });
 }
 
+template <int OP> static SF_INLINE F gated(F u, F v) {
+  return OP == SWIGLU ? f_mul(f_silu(u), v) : OP == SIGMOID_MUL ? f_mul(u, f_sigmoid(v)) : f_add(u, v);
+}
+
+template <int OP, class T>
+static void gate_rows(const T* a, long lda, const T* b, long ldb, T* y, long rows, long width) {
+  const long per_task = max_l(1, 8192 / width);
+  parallel(ceil_div(rows, per_task), double(rows * width), [&](long task) {
+    for (long r = task * per_task; r < min_l(rows, (task + 1) * per_task); ++r)
+      for (long i = 0; i < width; i += LANES) {
+        const long left = width - i;
+        store_n(y + r * width + i, gated<OP>(load_n(a + r * lda + i, left), load_n(b + r * ldb + i, left)), left);
+      }
+  });
+}
+
 static void gate(int op, int dtype, const void* a, long lda, const void* b, long ldb, void* y, long rows, long width) {
   with_type(dtype, [&](auto zero) {
     typedef decltype(zero) T;
-    parallel(rows, double(rows * width), [&](long r) {
-      const T *p = static_cast<const T*>(a) + r * lda, *q = static_cast<const T*>(b) + r * ldb;
-      T* out = static_cast<T*>(y) + r * width;
-      for (long i = 0; i < width; i += LANES) {
-        const F u = load_n(p + i, width - i), v = load_n(q + i, width - i);
-        store_n(out + i, op == SWIGLU ? f_mul(f_silu(u), v) : f_mul(u, f_sigmoid(v)), width - i);
-      }
-    });
+    const T *p = static_cast<const T*>(a), *q = static_cast<const T*>(b);
+    T* out = static_cast<T*>(y);
+    if (op == SWIGLU) gate_rows<SWIGLU>(p, lda, q, ldb, out, rows, width);
+    else if (op == SIGMOID_MUL) gate_rows<SIGMOID_MUL>(p, lda, q, ldb, out, rows, width);
+    else gate_rows<ADD>(p, lda, q, ldb, out, rows, width);
   });
 }
 

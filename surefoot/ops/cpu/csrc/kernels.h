@@ -79,7 +79,7 @@ struct Kernels {
   double (*peak)(int what, long steps);
 };
 
-enum Gate : int { SWIGLU = 0, SIGMOID_MUL = 1 };
+enum Gate : int { SWIGLU = 0, SIGMOID_MUL = 1, ADD = 2 };
 enum Peak : int { PEAK_INT8 = 0, PEAK_FP32 = 1, PEAK_BF16 = 2, PEAK_INT16 = 3 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx2_vnni, kernels_avx512, kernels_avx512_bf16, kernels_neon,

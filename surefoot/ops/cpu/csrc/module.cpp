@@ -14,7 +14,7 @@ namespace {
 using namespace sf;
 
 const Kernels* current = nullptr;
-constexpr long INTERFACE = 2;  // raised with any change of the functions' arguments; surefoot/ops/cpu/__init__.py has it, too
+constexpr long INTERFACE = 3;  // raised with any change of the functions' arguments; surefoot/ops/cpu/__init__.py has it, too
 
 // Arguments in order. None is a null pointer.
 class Args {
@@ -173,6 +173,35 @@ PyObject* kv_write(PyObject*, PyObject* const* args, Py_ssize_t n) {
   return without_gil([&] { sf::kv_write(k, ldk, v, ldv, k_cache, v_cache, slots, tokens, bytes); });
 }
 
+PyObject* gather(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Args a(args, n, 6);
+  const void* table = a.pointer();
+  const long rows = a.integer(), bytes = a.integer();
+  const int64_t* ids = a.pointer<int64_t>();
+  void* out = a.pointer();
+  const long count = a.integer();
+  if (!a.ok()) return nullptr;
+  long bad = -1;
+  PyObject* none = without_gil([&] { bad = sf::gather(table, rows, bytes, ids, out, count); });
+  if (none && bad >= 0) {
+    Py_CLEAR(none);
+    PyErr_Format(PyExc_IndexError, "row %ld of a table of %ld", long(ids[bad]), rows);
+  }
+  return none;
+}
+
+PyObject* rotary_angles(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Args a(args, n, 7);
+  const int64_t* positions = a.pointer<int64_t>();
+  const float* inv_freq = a.pointer<float>();
+  const long ld = a.integer();
+  float* cos = a.pointer<float>();
+  float* sin = a.pointer<float>();
+  const long tokens = a.integer(), half = a.integer();
+  if (!a.ok()) return nullptr;
+  return without_gil([&] { sf::rotary_angles(positions, inv_freq, ld, cos, sin, tokens, half); });
+}
+
 PyObject* delta_gates(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Args a(args, n, 13);
   const void* x = a.pointer(); const long ldx = a.integer();
@@ -241,8 +270,10 @@ PyMethodDef methods[] = {
     FAST(delta, "gated delta rule for one or more tokens per request"),
     FAST(conv, "causal depthwise convolution with SiLU"),
     FAST(norm, "RMSNorm, alone, after an addition, or times silu(gate)"),
-    FAST(gate, "silu(a) * b or a * sigmoid(b)"),
+    FAST(gate, "silu(a) * b, a * sigmoid(b) or a + b"),
     FAST(rotary, "rotary embedding of queries and keys"),
+    FAST(rotary_angles, "cosines and sines of positions times frequencies"),
+    FAST(gather, "rows of a table, which may lie in a mapped file"),
     FAST(argmax, "largest logit of each row and its index"),
     FAST(kv_write, "keys and values into their slots"),
     FAST(delta_gates, "decay and rate of the gated delta rule"),

@@ -2,6 +2,11 @@
 
 #include <cmath>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include "panels.h"
 #include "threads.h"
 #include "types.h"
@@ -15,6 +20,18 @@ template <class Body> void for_blocks(long n, long block, const Body& body) {
     const Context& c = *static_cast<Context*>(p);
     for (long t = i * c.block; t < min_l(c.n, (i + 1) * c.block); ++t) c.body(t);
   }, &context);
+}
+
+// Says that [p, p + bytes) will be read. A table may lie in a mapped file whose pages the system has dropped: they then come
+// from the disk all at once instead of each when its first byte is missed.
+void ask_for(const char* p, long bytes) {
+#if defined(__linux__)
+  static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(p) / page * page;
+  madvise(reinterpret_cast<void*>(begin), reinterpret_cast<uintptr_t>(p) + size_t(bytes) - begin, MADV_WILLNEED);
+#else
+  (void)p, (void)bytes;
+#endif
 }
 
 }  // namespace
@@ -38,6 +55,28 @@ void kv_write(const void* k, long ldk, const void* v, long ldv, void* k_cache, v
   for_blocks(tokens, 64, [&](long t) {
     memcpy(static_cast<char*>(k_cache) + slots[t] * row_bytes, static_cast<const char*>(k) + t * ldk, size_t(row_bytes));
     memcpy(static_cast<char*>(v_cache) + slots[t] * row_bytes, static_cast<const char*>(v) + t * ldv, size_t(row_bytes));
+  });
+}
+
+long gather(const void* table, long rows, long row_bytes, const int64_t* ids, void* out, long n) {
+  for (long i = 0; i < n; ++i)
+    if (ids[i] < 0 || ids[i] >= rows) return i;
+  const char* from = static_cast<const char*>(table);
+  if (n > 1)
+    for (long i = 0; i < n; ++i) ask_for(from + ids[i] * row_bytes, row_bytes);
+  for_blocks(n, 16, [&](long i) {
+    memcpy(static_cast<char*>(out) + i * row_bytes, from + ids[i] * row_bytes, size_t(row_bytes));
+  });
+  return -1;
+}
+
+void rotary_angles(const int64_t* positions, const float* inv_freq, long ld, float* cos, float* sin, long tokens, long half) {
+  for_blocks(tokens, 64, [&](long t) {
+    for (long i = 0; i < half; ++i) {
+      const float angle = float(positions[t]) * inv_freq[t * ld + i];
+      cos[t * half + i] = std::cos(angle);
+      sin[t * half + i] = std::sin(angle);
+    }
   });
 }
 
