@@ -10,6 +10,7 @@ import sys
 import pytest
 from cli_fakes import FakeEngine, one_line
 
+from surefoot.cli import main
 from surefoot.cli.main import run_cli
 from surefoot.core.errors import InputError
 from surefoot.core.sampling import SamplingParams
@@ -209,3 +210,8 @@ def test_a_closed_pipe_ends_quietly():
     command = f"{sys.executable} -m surefoot.cli.main run --help | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert "Traceback" not in done.stderr and done.stdout.startswith("Usage")
+
+
+def test_warnings_are_notes_without_a_line_of_code(capsys):
+    main._note(UserWarning("slow"), UserWarning, "file.py", 3)
+    assert capsys.readouterr().err == "note: slow\n"

@@ -326,6 +326,12 @@ print(len(seen), str(seen[0].message))
     assert done.stdout.startswith("1 ") and "kernels are not built" in done.stdout
 
 
+def test_kernels_without_vector_instructions_are_named():
+    """They are right and slow; every other set of instructions needs no word."""
+    assert "no AVX2" in cpu.why_slow("portable") and "C++17 compiler" in cpu.why_slow(None)
+    assert {cpu.why_slow(name) for name in ("avx2", "avx512_bf16", "neon")} == {None}
+
+
 def test_no_warning_with_the_extension():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from surefoot.bringup import doctor, versions
 from surefoot.bringup import machine as machines
-from surefoot.bringup import versions
 from surefoot.bringup.doctor import ABSENT, NOTE, OK, WRONG, examine, explain
 from surefoot.bringup.machine import Machine
 from surefoot.cli.main import run_cli
@@ -247,3 +247,9 @@ def test_a_probe_that_dies_is_one_line(monkeypatch):
     assert probe("crash")["error"] == "the process died of signal 11"
     assert probe("raise")["error"] == "OSError: libhccl.so: no"
     assert "no answer" in probe("hang", timeout=1)["error"]
+
+
+@pytest.mark.parametrize(("kernels", "says"), [("portable", "AVX2 or NEON"), (None, "not built"), ("avx2", "avx2 on")])
+def test_slow_kernels_are_named(kernels, says):
+    found = doctor.cpu(Machine(python="3.11.0", packages={}, cpu_count=2), GOOD_CPU | {"kernels": kernels})
+    assert says in next(f.text for f in found if f.component == "cpu kernels")

@@ -184,7 +184,10 @@ def cpu(machine: Machine, facts: dict[str, Any]) -> list[Finding]:
         found.append(Finding(NOTE, "threads", f"{text}: they will wait for each other", f"use --threads {cpus}"))
     else:
         found.append(Finding(OK, "threads", text))
-    if facts.get("kernels"):
+    if facts.get("kernels") == "portable":
+        text = f"no vector instructions that they know on {machine.cpu} (AVX2 or NEON), so ten times slower"
+        found.append(Finding(NOTE, "cpu kernels", text))
+    elif facts.get("kernels"):
         found.append(Finding(OK, "cpu kernels", f"{facts['kernels']} on {machine.cpu}"))
     else:
         mend = "install a C++17 compiler, then pip install --force-reinstall --no-deps surefoot"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -127,7 +128,14 @@ def _say(message: str, code: int) -> int:
     return code
 
 
+def _note(message: Warning | str, *_: Any, **__: Any) -> None:
+    """In place of `warnings.showwarning`, which names a line of code."""
+    print(f"note: {message}", file=sys.stderr)
+
+
 def main() -> None:
+    if "--debug" not in sys.argv:
+        warnings.showwarning = _note
     for stream in (sys.stdout, sys.stderr):
         # Half a surrogate from a model or a terminal that is not UTF-8 must not end in a traceback.
         with contextlib.suppress(AttributeError):

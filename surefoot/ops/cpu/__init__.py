@@ -44,19 +44,28 @@ def pack_(qweight: torch.Tensor, scale: torch.Tensor) -> bool:
     return kernels is not None and qweight.device.type == "cpu" and linear.pack_(qweight, scale)
 
 
+def why_slow(isa: str | None) -> str | None:
+    """What the user should know of the kernels for this instruction set (None: there are none)."""
+    if isa is None:
+        return (
+            f"Surefoot's CPU kernels are {state}, so the CPU runs on PyTorch's ops, several times slower: "
+            "install a C++17 compiler and reinstall (pip install --force-reinstall --no-deps surefoot)"
+        )
+    if isa == "portable":
+        return "this CPU has no AVX2 (or NEON), so Surefoot's kernels run without vector instructions, ten times slower"
+    return None
+
+
 if kernels:
     from surefoot.ops.cpu import attention, delta, elementwise, linear  # noqa: F401
-else:
 
-    @register("linear", "cpu", "missing", supports=lambda *args, **kwargs: _say_once(), priority=10)
+if (slow := why_slow(instruction_set())) is not None:
+
+    @register("linear", "cpu", "missing", supports=lambda *args, **kwargs: _say_once(), priority=20)
     def _missing(*args, **kwargs):
         raise AssertionError("never chosen")
 
     def _say_once() -> bool:
-        """Ask the user, where a CPU computes, for what was missing when the package was installed. Warned once."""
-        warnings.warn(
-            f"Surefoot's CPU kernels are {state}, so the CPU runs on PyTorch's ops, several times slower: "
-            "install a C++17 compiler and reinstall (pip install --force-reinstall --no-deps surefoot)",
-            stacklevel=2,
-        )
+        """Tell the user where a CPU computes, not at the import. `warnings` says it once."""
+        warnings.warn(str(slow), stacklevel=2)
         return False
