@@ -9,10 +9,22 @@ import typer
 
 from surefoot.cli.flags import Model
 
-SchemeName = Annotated[str, typer.Option("--scheme", metavar="SCHEME", help="w8a16, w8a8, w4a16 or w4a8.")]
-Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The new folder; must not exist yet.")]
+SchemeName = Annotated[
+    str,
+    typer.Option(
+        "--scheme",
+        metavar="SCHEME",
+        help="w8a8 or w4a8: 8- or 4-bit weights, activations rounded to 8 bits, fastest; w8a16 or w4a16: as they are.",
+    ),
+]
+Output = Annotated[
+    Path, typer.Option("-o", "--output", metavar="DIR", help="Where to write it: a new folder, or an empty one.")
+]
 GroupSize = Annotated[int | None, typer.Option(metavar="N", help="Inputs per int4 scale: 32, 64 or 128; default 32.")]
-LmHead = Annotated[bool, typer.Option("--lm-head", help="Quantise the output layer too (see docs/quantisation.md).")]
+LmHead = Annotated[
+    bool,
+    typer.Option("--lm-head", help="Quantise the output layer too (what is gained and lost: docs/quantisation.md)."),
+]
 
 
 def quantize(
