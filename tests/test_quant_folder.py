@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from pathlib import Path
 
@@ -351,6 +352,23 @@ def test_an_unfinished_folder_leaves_nothing_behind(tmp_path, capsys, monkeypatc
         assert ("No space left" in one_line(capsys)) == (code == 2)
         monkeypatch.undo()
     assert not list(tmp_path.iterdir())
+
+
+def test_after_ctrl_c_no_tensor_is_written_to_its_end(tmp_path, monkeypatch):
+    """One tensor can be gigabytes; the user should not wait for it."""
+    written = []
+
+    def write(file, name, first, piece):
+        written.append(name)
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        time.sleep(0.002)
+
+    monkeypatch.setattr(quant_folder, "ROWS_BYTES", 1)  # a row at a time
+    monkeypatch.setattr(quant_folder, "COPY_BYTES", 64)
+    monkeypatch.setattr(quant_folder.SafetensorsWriter, "write", write)
+    assert quantize("--scheme", "w8a8", "-o", str(tmp_path / "q")) == 130
+    assert len(written) < 60 and not list(tmp_path.iterdir())
 
 
 def test_quant_flags_need_each_other(capsys):
