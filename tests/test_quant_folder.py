@@ -359,16 +359,17 @@ def test_after_ctrl_c_no_tensor_is_written_to_its_end(tmp_path, monkeypatch):
     written = []
 
     def write(file, name, first, piece):
-        written.append(name)
-        if len(written) == 1:
+        if name == "model.embed_tokens.weight":
+            written.append(name)
+            time.sleep(0.0005)
+        elif written:
             raise KeyboardInterrupt
-        time.sleep(0.002)
 
-    monkeypatch.setattr(quant_folder, "ROWS_BYTES", 1)  # a row at a time
+    monkeypatch.setattr("surefoot.weights.workers.count", lambda: 2)
     monkeypatch.setattr(quant_folder, "COPY_BYTES", 64)
     monkeypatch.setattr(quant_folder.SafetensorsWriter, "write", write)
     assert quantize("--scheme", "w8a8", "-o", str(tmp_path / "q")) == 130
-    assert len(written) < 60 and not list(tmp_path.iterdir())
+    assert 0 < len(written) < 1000 and not list(tmp_path.iterdir())  # of 6144
 
 
 def test_quant_flags_need_each_other(capsys):
