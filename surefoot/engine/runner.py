@@ -81,10 +81,9 @@ class Runner:
         self.layers = allocate(model, plan, block_size, dtype, device)
         self.length_dependent_rope = model.rotary.config.depends_on_length
 
-    @torch.inference_mode()
     def run(self, step: Schedule) -> StepResult:
         self.check()
-        with ops.use(self.ops_policy):
+        with torch.inference_mode(), ops.use(self.ops_policy):
             self._prepare_states(step)
             result = StepResult()
             padded = step if self.padding is None else self.padding.pad(step)

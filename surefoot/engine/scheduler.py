@@ -259,6 +259,8 @@ class Scheduler:
         If there is none later, the request waits in its place: whoever came before it either ends or preempts it.
         """
         missing = self.block_pool.pages(request.num_tokens) - len(request.block_ids)
+        if missing <= 0:
+            return True
         while (blocks := self.block_pool.allocate(missing)) is None:
             if self.running[-1] is request:
                 return False

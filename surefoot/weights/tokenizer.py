@@ -34,7 +34,8 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [b for b in range(256) if b not in _PRINTABLE]
 # GPT-2's printable stand-ins for bytes, as byte-level tokenizers write them: character -> byte.
-BYTE_OF_CHAR = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}
+# For str.translate; what is no stand-in becomes a character that latin-1 lacks.
+BYTE_OF_CHAR = {256 + i: b for i, b in enumerate(_OTHERS)} | dict.fromkeys(_OTHERS, 0x10FFFF)
 
 
 class Tokenizer:
@@ -125,8 +126,10 @@ class Tokenizer:
         if piece is None:
             return b""
         if self._byte_level:
-            known = all(c in BYTE_OF_CHAR for c in piece)
-            return bytes(BYTE_OF_CHAR[c] for c in piece) if known else piece.encode()
+            try:
+                return piece.translate(BYTE_OF_CHAR).encode("latin-1")
+            except UnicodeEncodeError:  # an added token, written as itself
+                return piece.encode()
         if match := BYTE_TOKEN.fullmatch(piece):
             return bytes([int(match[1], 16)])
         return piece.replace("▁", " ").encode()
