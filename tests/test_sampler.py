@@ -339,3 +339,21 @@ def test_no_batch_and_vocabulary_smaller_than_top_k() -> None:
     assert run(torch.zeros(0, V)).token_ids.shape == (0,)
     drawn = {int(run(torch.zeros(1, 3), request(temperature=1.0, top_k=50, seed=s)).token_ids) for s in range(40)}
     assert drawn == {0, 1, 2}
+
+
+def test_plain_parameters_are_those_for_which_nothing_is_built():
+    """A captured step takes its own greedy choice for them and asks no further."""
+    assert SamplingParams(max_tokens=3, stop=("x",), prompt_logprobs=1, ignore_eos=True, seed=7).plain
+    others = [
+        {"temperature": 0.5},
+        {"logprobs": 0},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": -1.0},
+        {"frequency_penalty": 0.5},
+        {"logit_bias": {3: 1.0}},
+        {"min_tokens": 2, "stop_token_ids": (3,)},
+    ]
+    for params in others:
+        assert not SamplingParams(**params).plain, params
+        assert not build([request(output=(5,), **params)], V, "cpu").plain, params
+    assert build([request()], V, "cpu").plain

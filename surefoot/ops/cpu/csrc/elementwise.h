@@ -7,6 +7,14 @@
 namespace sf {
 namespace SF_ISA {
 
+// body(row) for rows of `width` elements; short ones several to a task, handing out which costs as much as they do.
+template <class Body> static void parallel_rows(long rows, long width, const Body& body) {
+  const long each = max_l(1, 8192 / width);
+  parallel(ceil_div(rows, each), double(rows * width), [&](long task) {
+    for (long r = task * each; r < min_l(rows, (task + 1) * each); ++r) body(r);
+  });
+}
+
 template <class T, class W> static void norm_row(const Norm& n, long row) {
   const T* x = static_cast<const T*>(n.x) + row * n.ldx;
   const T* other = n.other ? static_cast<const T*>(n.other) + row * n.ldo : nullptr;
@@ -35,14 +43,9 @@ template <class T, class W> static void norm_row(const Norm& n, long row) {
 }
 
 static void norm(const Norm& n) {
-  // Rows of a head norm are short: several to a task.
-  const long per_task = max_l(1, 4096 / n.width);
   with_type(n.dtype, [&](auto zero) {
     with_type(n.wtype, [&](auto weight) {
-      parallel(ceil_div(n.rows, per_task), double(n.rows * n.width), [&](long task) {
-        for (long r = task * per_task; r < min_l(n.rows, (task + 1) * per_task); ++r)
-          norm_row<decltype(zero), decltype(weight)>(n, r);
-      });
+      parallel_rows(n.rows, n.width, [&](long row) { norm_row<decltype(zero), decltype(weight)>(n, row); });
     });
   });
 }
@@ -53,13 +56,11 @@ template <int OP> static SF_INLINE F gated(F u, F v) {
 
 template <int OP, class T>
 static void gate_rows(const T* a, long lda, const T* b, long ldb, T* y, long rows, long width) {
-  const long per_task = max_l(1, 8192 / width);
-  parallel(ceil_div(rows, per_task), double(rows * width), [&](long task) {
-    for (long r = task * per_task; r < min_l(rows, (task + 1) * per_task); ++r)
-      for (long i = 0; i < width; i += LANES) {
-        const long left = width - i;
-        store_n(y + r * width + i, gated<OP>(load_n(a + r * lda + i, left), load_n(b + r * ldb + i, left)), left);
-      }
+  parallel_rows(rows, width, [&](long r) {
+    for (long i = 0; i < width; i += LANES) {
+      const long left = width - i;
+      store_n(y + r * width + i, gated<OP>(load_n(a + r * lda + i, left), load_n(b + r * ldb + i, left)), left);
+    }
   });
 }
 
@@ -79,7 +80,7 @@ static void rotary(int dtype, const void* x, long ldx, const float* cos, const f
                    long dim, long half) {
   with_type(dtype, [&](auto zero) {
     typedef decltype(zero) T;
-    parallel(tokens, double(tokens * heads * dim), [&](long t) {
+    parallel_rows(tokens, heads * dim, [&](long t) {
       for (long h = 0; h < heads; ++h) {
         const T* in = static_cast<const T*>(x) + t * ldx + h * dim;
         T* out = static_cast<T*>(y) + (t * heads + h) * dim;
