@@ -1,14 +1,10 @@
 // Linear layers with int8 and int4 weights, from one token to many: panels of 16 channels (panels.h) against tiles of
-// tokens, whose quantised activations lie word by word:
+// tokens (linear_tokens.h).
 //
-//   tokens     [tiles][words of a row][parts of a word][tokens of the tile]
-//
-// A word of weights is split into `WORDS` vectors that the multiply instruction takes, and the activations are ordered to
-// match. Integers are exact within a segment of K; segments are scaled and added in fp32 in the order of K. So a token's
-// result depends on nothing but its own activations: it has the same bits in any batch, tile and instruction set width.
+// Integers are exact within a segment of K; segments are scaled and added in fp32 in the order of K. So a token's result
+// depends on nothing but its own activations: it has the same bits in any batch, tile and instruction set width.
 #pragma once
-#include "panels.h"
-#include "quantise.h"
+#include "linear_tokens.h"
 
 namespace sf {
 namespace SF_ISA {
@@ -18,95 +14,6 @@ constexpr long VECTORS = PANEL / LANES;  // vectors of a panel
 constexpr long TASK_BYTES = 512 * 1024, TASK_BYTES_MANY = 256 * 1024;
 constexpr long AHEAD = 4096, AHEAD_MANY = 1024;  // bytes to prefetch ahead in a panel
 constexpr long SCALES_AHEAD = 512;
-
-// 16 bytes of quantised activations in another order.
-typedef int8_t Byte16 __attribute__((vector_size(16)));
-#ifdef __clang__
-#define SF_BYTES(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
-#else
-#define SF_BYTES(x, ...) __builtin_shuffle(x, (Byte16){__VA_ARGS__})
-#endif
-template <class Order> static inline void reorder(void* row, long bytes, const Order& order) {
-  char* p = static_cast<char*>(row);
-  for (long i = 0; i < bytes; i += 16) {
-    Byte16 x;
-    memcpy(&x, p + i, 16);
-    x = order(x);
-    memcpy(p + i, &x, 16);
-  }
-}
-
-// The kinds of products: X holds a quantised activation, PER_WORD weights are in a word and make WORDS vectors of dot
-// products; OFFSET: what the weights are larger by than what they stand for.
-
-struct By16 {  // 16-bit products, pairs of elements
-  typedef int16_t X;
-  static SF_INLINE I dot(I acc, I w, I a) { return dot16(acc, w, a); }
-};
-struct Int8By16 : By16 {
-  static constexpr int PER_WORD = 4, WORDS = 2, OFFSET = 0;
-  static SF_INLINE void split(I word, I w[WORDS]) {
-    w[0] = w8_even(word);
-    w[1] = w8_odd(word);
-  }
-  static void order(X* row, long n) {
-    reorder(row, 2 * n, [](Byte16 x) { return SF_BYTES(x, 0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15); });
-  }
-};
-struct Int4By16 : By16 {
-  static constexpr int PER_WORD = 8, WORDS = 4, OFFSET = 8;
-  static SF_INLINE void split(I word, I w[WORDS]) {
-    w[0] = w4_pair<0>(word);
-    w[1] = w4_pair<1>(word);
-    w[2] = w4_pair<2>(word);
-    w[3] = w4_pair<3>(word);
-  }
-  static void order(X* row, long n) {
-    reorder(row, 2 * n, [](Byte16 x) { return SF_BYTES(x, 0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15); });
-  }
-};
-#ifdef SF_DOT8
-struct By8 {  // 8-bit products, four elements
-  typedef int8_t X;
-  static SF_INLINE I dot(I acc, I w, I a) { return dot8(acc, w, a); }
-};
-struct Int8By8 : By8 {
-  static constexpr int PER_WORD = 4, WORDS = 1, OFFSET = W8_OFFSET;
-  static SF_INLINE void split(I word, I w[WORDS]) { w[0] = w8_side(word); }
-  static void order(X*, long) {}
-};
-#else
-typedef Int8By16 Int8By8;  // int8 activations widened: the same integers, hence the same sums
-#endif
-#if defined(SF_DOT8) || defined(SF_SHORT_SUMS)
-struct Int4By8 {
-  typedef int8_t X;
-  static constexpr int PER_WORD = 8, WORDS = 2, OFFSET = 8;
-  static SF_INLINE void split(I word, I w[WORDS]) {
-    w[0] = w4_low(word);
-    w[1] = w4_high(word);
-  }
-  static SF_INLINE I dot(I acc, I w, I a) {
-#ifdef SF_DOT8
-    return dot8(acc, w, a);
-#else
-    return short_dot(acc, w, a);  // into sums of 16 bits, see `segment`
-#endif
-  }
-  static void order(X* row, long n) {
-    reorder(row, n, [](Byte16 x) { return SF_BYTES(x, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15); });
-  }
-};
-#else
-typedef Int4By16 Int4By8;
-#endif
-
-// Quantised activations and what the end of a sum needs of them.
-struct Tokens {
-  const int32_t* words;
-  const float* scales; long blocks;      // [M, blocks]: a scale for each BLOCK of K, or one for all of it
-  const int32_t* starts; long segments;  // [tiles][segments][tokens of the tile]: -OFFSET x the sum of the activations
-};
 
 // acc[R][P panels] += products of `words` words.
 template <class Kind, int R, int P>
@@ -152,14 +59,12 @@ static SF_INLINE void segment(const char* panel, long panel_bytes, const int32_t
   dots<Kind, R, P>(panel, panel_bytes, a, words, ahead, acc);
 }
 
-// SCALED: sums are integers within a segment only; BLOCKS: activations have a scale for each BLOCK of K.
 template <class Kind, bool SCALED, bool BLOCKS> struct IntLinear {
   static constexpr int ROWS_MAX = int_rows(SCALED);
   const Linear& job;
-  Tokens t;
-  long segment_k;  // elements of K
-  const long words = ceil_div(job.K, Kind::PER_WORD), panels = ceil_div(job.N, PANEL), tiles = ceil_div(job.M, ROWS_MAX);
-  const long panel_bytes = words * PANEL * 4, groups = job.kind == W_INT4 ? job.K / job.group : 1;
+  const Tokens<Kind, SCALED, BLOCKS> t;
+  const long panels = ceil_div(job.N, PANEL), panel_bytes = t.words * PANEL * 4;
+  const long groups = job.kind == W_INT4 ? job.K / job.group : 1;
 
   // The weights of a task as panels, in place if they are packed.
   struct Weights {
@@ -167,8 +72,6 @@ template <class Kind, bool SCALED, bool BLOCKS> struct IntLinear {
     const char* scale; int scale_type;  // int4: [panels][groups][PANEL]; int8: [panels][PANEL]
     long scale_bytes;                   // of a panel
   };
-
-  long first_row(long i) const { return job.M * i / tiles; }  // tiles of nearly equal height
 
   // LANES scales, at element i of a panel.
   SF_INLINE F scales_at(const Weights& w, long panel, long i) const {
@@ -181,14 +84,15 @@ template <class Kind, bool SCALED, bool BLOCKS> struct IntLinear {
   template <int R, int P> void tile(const Weights& w, long panel, long n, long m0, long ahead) const {
     constexpr int V = P * VECTORS;
     const char* rows = w.w + panel * panel_bytes;
-    const int32_t* a = t.words + m0 * words * Kind::WORDS;
-    const int32_t* start = t.starts + m0 * t.segments;
+    const int32_t* a = t.tile_words(m0);
+    const int32_t* start = t.tile_starts(m0);
     F total[R][V];
     SF_UNROLL for (int m = 0; m < R; ++m)
       SF_UNROLL for (int v = 0; v < V; ++v) total[m][v] = f_zero();
-    const long segment_words = segment_k / Kind::PER_WORD, per_group = job.group / segment_k, per_block = BLOCK / segment_k;
+    const long segment_words = t.segment_k / Kind::PER_WORD, per_group = job.group / t.segment_k;
+    const long per_block = BLOCK / t.segment_k;
     long group = 0, in_group = 0, block = 0, in_block = 0;
-    for (long left = words; left > 0; start += R) {
+    for (long left = t.words; left > 0; start += R) {
       const long count = min_l(left, segment_words);
       I acc[R][V];
       SF_UNROLL for (int m = 0; m < R; ++m) {
@@ -217,7 +121,7 @@ template <class Kind, bool SCALED, bool BLOCKS> struct IntLinear {
         if (++in_group == per_group) ++group, in_group = 0;
       }
       SF_UNROLL for (int m = 0; m < R; ++m) {
-        const F x = BLOCKS ? f_set(t.scales[(m0 + m) * t.blocks + block]) : f_zero();
+        const F x = BLOCKS ? f_set(t.scale(m0 + m, block)) : f_zero();
         SF_UNROLL for (int v = 0; v < V; ++v) {
           const F sum = i_to_f(acc[m][v]);
           if constexpr (!SCALED) total[m][v] = sum;
@@ -238,7 +142,7 @@ template <class Kind, bool SCALED, bool BLOCKS> struct IntLinear {
     if (job.bias) with_type(job.bias_type, [&](auto b) { bias = load_n(static_cast<const decltype(b)*>(job.bias) + n, count); });
     const F channel = Kind::PER_WORD == 4 ? scales_at(w, panel, v % VECTORS * LANES) : f_set(1.0f);
     for (int m = 0; m < R; ++m) {
-      const F x = f_set(BLOCKS ? 1.0f : t.scales[m0 + m]);
+      const F x = f_set(BLOCKS ? 1.0f : t.scale(m0 + m, 0));
       store_n(static_cast<T*>(job.y) + (m0 + m) * job.ldy + n, f_add(f_mul(total[m][v], f_mul(x, channel)), bias), count);
     }
   }
@@ -280,61 +184,21 @@ template <class Kind, bool SCALED, bool BLOCKS> struct IntLinear {
                                            static_cast<const char*>(job.wscale) + first * scale_bytes, job.scale_type,
                                            scale_bytes}
                                  : pack(first, last);
-    for (long i = 0; i < tiles; ++i)
-      rows_of<ROWS_MAX>(first_row(i + 1) - first_row(i), w, last - first, first * PANEL, first_row(i), i ? AHEAD_MANY : AHEAD);
+    for (long i = 0; i < t.tiles; ++i)
+      rows_of<ROWS_MAX>(t.first_row(i + 1) - t.first_row(i), w, last - first, first * PANEL, t.first_row(i),
+                          i ? AHEAD_MANY : AHEAD);
   }
 
   void operator()() const {
-    long per_task = max_l(2, (tiles == 1 ? TASK_BYTES : TASK_BYTES_MANY) / panel_bytes / 2 * 2);
+    long per_task = max_l(2, (t.tiles == 1 ? TASK_BYTES : TASK_BYTES_MANY) / panel_bytes / 2 * 2);
     per_task = min_l(per_task, max_l(2, ceil_div(panels, 4L * num_threads())));
     parallel(ceil_div(panels, per_task), double(job.N) * double(job.K) * double(job.M),
              [&](long i) { task(i * per_task, min_l(panels, (i + 1) * per_task)); });
   }
 };
 
-// One token: quantised, its sums taken, ordered, and its words laid at their places in the tile.
-template <class Kind, bool BLOCKS, class T>
-static void prepare_token(const Linear& job, const T* x, long padded, long segment_k, float* scales, long blocks, int32_t* starts,
-                          long segments, int32_t* to, long stride) {
-  typedef typename Kind::X X;
-  const bool direct = stride == 1 && padded == job.K;
-  X* row = direct ? reinterpret_cast<X*>(to) : static_cast<X*>(scratch(TASK, size_t(padded) * sizeof(X)));
-  for (long i = job.K; i < padded; ++i) row[i] = 0;
-  if constexpr (!BLOCKS) scales[0] = quantise(x, job.K, 127.0f, row);
-  else
-    for (long b = 0; b < blocks; ++b)
-      scales[b] = quantise(x + b * BLOCK, min_l(BLOCK, job.K - b * BLOCK), 32767.0f, row + b * BLOCK);
-  if (Kind::OFFSET)
-    for (long s = 0; s < segments; ++s)
-      starts[s * stride] = -Kind::OFFSET * sum_of(row + s * segment_k, min_l(segment_k, job.K - s * segment_k));
-  Kind::order(row, padded);
-  if (direct) return;
-  const long words = ceil_div(job.K, Kind::PER_WORD) * Kind::WORDS;
-  const int32_t* from = reinterpret_cast<const int32_t*>(row);
-  for (long w = 0; w < words; ++w) to[w * stride] = from[w];
-}
-
 template <class Kind, bool SCALED, bool BLOCKS> static void int_linear(const Linear& job, long segment_k) {
-  const long tiles = ceil_div(job.M, int_rows(SCALED)), words = ceil_div(job.K, Kind::PER_WORD) * Kind::WORDS;
-  const long padded = round_up(job.K, 64), blocks = BLOCKS ? ceil_div(job.K, BLOCK) : 1, segments = ceil_div(job.K, segment_k);
-  int32_t* x = static_cast<int32_t*>(scratch(ACTIVATIONS, size_t(job.M * words) * 4));
-  float* scales = static_cast<float*>(scratch(SCALES, size_t(job.M * blocks) * 4));
-  int32_t* starts = static_cast<int32_t*>(scratch(SUMS, size_t(job.M * segments) * 4));
-  with_type(job.xtype, [&](auto zero) {
-    typedef decltype(zero) T;
-    const auto prepare = [&](long m, long first, long rows) {
-      prepare_token<Kind, BLOCKS>(job, static_cast<const T*>(job.x) + m * job.ldx, padded, segment_k, scales + m * blocks, blocks,
-                                  starts + first * segments + m - first, segments, x + first * words + m - first, rows);
-    };
-    const double work = double(job.M * job.K);
-    if (tiles == 1) parallel(job.M, work, [&](long m) { prepare(m, 0, job.M); });
-    else
-      parallel(tiles, work, [&](long i) {
-        const long first = job.M * i / tiles, end = job.M * (i + 1) / tiles;
-        for (long m = first; m < end; ++m) prepare(m, first, end - first);
-      });
-  });
-  IntLinear<Kind, SCALED, BLOCKS>{job, {x, scales, blocks, starts, segments}, segment_k}();
+  IntLinear<Kind, SCALED, BLOCKS>{job, {job, segment_k}}();
 }
 
 static void linear_int(const Linear& job) {

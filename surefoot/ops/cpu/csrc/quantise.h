@@ -13,34 +13,39 @@ static inline long round_up(long n, long step) { return ceil_div(n, step) * step
 
 // max |x| over n elements, NaN if any is NaN or infinite.
 template <class T> static inline float abs_max(const T* x, long n) {
-  F top = f_zero(), poison = f_zero();
-  for (long i = 0; i < n; i += LANES) {
-    const F v = load_n(x + i, n - i);
-    top = f_max(top, f_abs(v));
-    poison = f_fma(v, f_zero(), poison);
+  constexpr int CHAINS = 4;  // or the loop would wait for its sums
+  F top[CHAINS], poison[CHAINS];
+  SF_UNROLL for (int c = 0; c < CHAINS; ++c) top[c] = poison[c] = f_zero();
+  const auto take = [&](F v, int c) SF_INLINE_LAMBDA {
+    top[c] = f_max(top[c], f_abs(v));
+    poison[c] = f_fma(v, f_zero(), poison[c]);
+  };
+  long i = 0;
+  for (; i + CHAINS * LANES <= n; i += CHAINS * LANES)
+    SF_UNROLL for (int c = 0; c < CHAINS; ++c) take(load(x + i + c * LANES), c);
+  for (; i < n; i += LANES) take(load_n(x + i, n - i), 0);
+  for (int c = 1; c < CHAINS; ++c) {
+    top[0] = f_max(top[0], top[c]);
+    poison[0] = f_add(poison[0], poison[c]);
   }
-  return f_hmax(top) + f_hsum(poison);
+  return f_hmax(top[0]) + f_hsum(poison[0]);
 }
 
 // q = round(x * levels / max|x|), padded with zeros to a multiple of LANES; returns the scale max|x| / levels.
 // A NaN or infinity makes the scale NaN, so that it reaches the result and cannot pass for a number.
 template <class T, class Q> static inline float quantise(const T* x, long n, float levels, Q* q) {
   const float top = abs_max(x, n);
-  const bool usable = top > 0;  // false for NaN
-  const F factor = f_set(usable ? levels / top : 0.0f);
   // NOTE: for a tiny maximum levels / top is infinite; such a row is zero for every purpose.
-  const bool tiny = usable && levels / top > 3.0e38f;
-  for (long i = 0; i < n; i += LANES) {
-    const F v = usable && !tiny ? f_mul(load_n(x + i, n - i), factor) : f_zero();
-    store_rounded(q + i, v);
+  const bool some = top > 0, tiny = some && levels / top > 3.0e38f;
+  if (!some || tiny) {
+    memset(q, 0, size_t(round_up(n, LANES)) * sizeof(Q));
+    return tiny ? 0.0f : top / levels;
   }
-  return tiny ? 0.0f : top / levels;
-}
-
-template <class Q> static inline int32_t sum_of(const Q* q, long n) {
-  int32_t s = 0;
-  for (long i = 0; i < n; ++i) s += q[i];
-  return s;
+  const F factor = f_set(levels / top);
+  long i = 0;
+  for (; i + LANES <= n; i += LANES) store_rounded(q + i, f_mul(load(x + i), factor));
+  if (i < n) store_rounded(q + i, f_mul(load_n(x + i, n - i), factor));
+  return top / levels;
 }
 
 }  // namespace SF_ISA
