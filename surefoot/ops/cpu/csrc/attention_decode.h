@@ -1,6 +1,9 @@
-// Attention of one query token: a part of its cache for R query heads that share a KV head, and the sum of the parts.
-// Lanes run along a head; a step covers BT cached tokens and asks for the rows of the next, which are too short and too
-// far apart for the processor to guess.
+// Attention of a few query tokens of a request: part by part of its cache, so that threads can share a long one.
+//
+//   s [rows, BT] = q [rows, D] times keys [D, BT]     o [rows, Dp] = o * shrink + weights [rows, BT] times values [BT, Dp]
+//
+// Lanes run along cached tokens, then along a head; rows are (token, head) for the heads that share a KV head. Every
+// sum is in the order of attention_prefill.h, so one token has the bits that it would have within a prompt.
 #pragma once
 #include <math.h>
 
@@ -9,75 +12,141 @@
 namespace sf {
 namespace SF_ISA {
 
-// Turns a row of BT scores into weights, 0 from `valid` on; returns by how much earlier sums shrink.
-static inline float softmax_row(float* s, long valid, float scale, float* top, float* total) {
-  F block_top = f_set(*top);
-  for (long t = valid; t < BT; ++t) s[t] = -INFINITY;
-  for (long t = 0; t < BT; t += LANES) block_top = f_max(block_top, f_load(s + t));
-  const float m = f_hmax(block_top), shrink = *top == -INFINITY ? 0.0f : expf(scale * (*top - m));
-  const F c = f_set(scale * LOG2_E), shift = f_max(f_set(LOWEST), f_set(m));
-  F sum = f_zero();
-  for (long t = 0; t < BT; t += LANES) {
-    const F p = f_exp2(f_mul(c, f_sub(f_load(s + t), shift)));
-    f_store(s + t, p);
-    sum = f_add(sum, p);
-  }
-  *total = *total * shrink + f_hsum(sum);
-  *top = m;
-  return shrink;
-}
+// Sums of a part of the cache, for all rows of a request: o [Hk][rows][Dp] unnormalised, top and total [Hk][rows_p].
+struct Partial {
+  float* at;
+  long Hk, rows, rows_p, Dp;  // rows of one KV head; rows_p: rounded up to LANES
 
-// One part of one request's cache. q(i): query head i. result: [R][Dp + 2], unnormalised sums, top, total.
-template <class P, int R, class T, class Query>
-static void decode_heads(const Query& q, float scale, const Pages<T>& pages, long begin, long end, float* result) {
+  static long floats(long Hk, long rows, long Dp) { return Hk * (rows * Dp + 2 * ceil_div(rows, LANES) * LANES); }
+  Partial(float* at, long Hk, long rows, long Dp)
+      : at(at), Hk(Hk), rows(rows), rows_p(ceil_div(rows, LANES) * LANES), Dp(Dp) {}
+  float* o(long head) const { return at + head * rows * Dp; }
+  float* top(long head) const { return at + Hk * rows * Dp + head * rows_p; }
+  float* total(long head) const { return top(head) + Hk * rows_p; }
+  long size() const { return floats(Hk, rows, Dp); }
+};
+
+// Scores s [rows][BT] of one KV head and a block of tokens into weights w.p; token r / group sees the first
+// seen + r / group of them. The sums o, top and total take their new scale.
+template <class P> struct DecodeSpace {
   typedef typename P::X X;
-  const long D = pages.D, Dp = ceil_div(D, LANES) * LANES, stride = Dp + 2;
-  float* o = static_cast<float*>(scratch(TASK, size_t(R * Dp) * 4));
-  X* query = static_cast<X*>(scratch(TASK_2, size_t(R * Dp) * sizeof(X)));
-  float s[R * BT], top[R], total[R];
-  X weights[R * BT];
-  long at[2][BT];
-  for (int i = 0; i < R; ++i) {
-    P::copy(q(i), D, Dp, query + i * Dp);
-    top[i] = -INFINITY;
-    total[i] = 0;
+  X *q, *row, *v, *p;  // q [heads][rows][Dp], row [LANES][Dp], v [BT][Dp], p [rows][BT]
+  int32_t* k;          // [words][BT]
+  float *s, *shift, *shrink, *sum;
+
+  DecodeSpace(long heads, long rows, long Dp) {
+    const long rows_p = ceil_div(rows, LANES) * LANES;
+    q = static_cast<X*>(scratch(TASK, size_t((heads * rows + LANES + BT) * Dp + rows * BT) * sizeof(X)));
+    row = q + heads * rows * Dp;
+    v = row + LANES * Dp;
+    p = v + BT * Dp;
+    k = static_cast<int32_t*>(scratch(TASK_2, size_t(Dp / P::WORD * BT + rows * BT + 3 * rows_p) * 4));
+    s = reinterpret_cast<float*>(k + Dp / P::WORD * BT);
+    shift = s + rows * BT;
+    shrink = shift + rows_p;
+    sum = shrink + rows_p;
   }
-  memset(o, 0, size_t(R * Dp) * 4);
-  pages.find(begin, min_l(BT, end - begin), at[0]);
-  for (long t = begin, now = 0; t < end; t += BT, now ^= 1) {
-    const long valid = min_l(BT, end - t);
-    if (t + BT < end) pages.find(t + BT, min_l(BT, end - t - BT), at[now ^ 1]);
-    else memcpy(at[now ^ 1], at[now], sizeof at[0]);
-    P::template scores<R>(query, pages, at[now], at[now ^ 1], valid, Dp, s);
-    for (int i = 0; i < R; ++i) {
-      const float shrink = softmax_row(s + i * BT, valid, scale, top + i, total + i);
-      if (shrink != 1.0f)
-        for (long d = 0; d < Dp; d += LANES) f_store(o + i * Dp + d, f_mul(f_load(o + i * Dp + d), f_set(shrink)));
-      for (long j = 0; j < BT; j += LANES) store(weights + i * BT + j, f_load(s + i * BT + j));
+};
+
+// Keys of n tokens (rounded up to LANES) into columns: k [words][BT].
+template <class P, class T>
+static void key_columns(const DecodeSpace<P>& w, const T* keys, const long* at, long n, long D, long Dp, Lookahead* ahead) {
+  for (long t = 0; t < n; t += LANES) {
+    const char* rows[LANES];
+    for (long i = 0; i < LANES; ++i)
+      rows[i] = reinterpret_cast<const char*>(P::row(keys + at[t + i], D, Dp, w.row + i * Dp));
+    for (long word = 0; word < Dp / P::WORD; word += 4) {
+      I x[4];
+      SF_UNROLL for (int i = 0; i < 4; ++i) x[i] = i_load_rows(rows + i, word * 4);
+      i_transpose4(x);
+      SF_UNROLL for (int i = 0; i < 4; ++i) i_store(w.k + (word + i) * BT + t, x[i]);
+      ahead->fetch();
     }
-    P::template values<R>(weights, pages, at[now], at[now ^ 1], valid, Dp, o);
-  }
-  for (int i = 0; i < R; ++i) {
-    memcpy(result + i * stride, o + i * Dp, size_t(Dp) * 4);
-    result[i * stride + Dp] = top[i];
-    result[i * stride + Dp + 1] = total[i];
   }
 }
 
-// Adds up the parts of one query head and writes it.
-template <class T>
-static void merge_parts(const float* part, long stride, long parts, float scale, long Dp, long D, T* out) {
-  float top = -INFINITY, total = 0;
-  for (long p = 0; p < parts; ++p) top = part[p * stride + Dp] > top ? part[p * stride + Dp] : top;
-  float* sum = static_cast<float*>(scratch(TASK, size_t(Dp) * 4));
-  memset(sum, 0, size_t(Dp) * 4);
-  for (long p = 0; p < parts; ++p) {
-    const float weight = expf(scale * (part[p * stride + Dp] - top));
-    total += weight * part[p * stride + Dp + 1];
-    for (long d = 0; d < Dp; d += LANES)
-      f_store(sum + d, f_fma(f_load(part + p * stride + d), f_set(weight), f_load(sum + d)));
+template <class P>
+static void softmax_rows(const DecodeSpace<P>& w, const Partial& part, long head, long n, long seen, long group, float scale) {
+  const F c = f_set(scale * LOG2_E);  // 2^(c x) is e^(scale x)
+  float *top = part.top(head), *total = part.total(head), *o = part.o(head);
+  for (long r = 0; r < part.rows; ++r) {
+    float* s = w.s + r * BT;
+    for (long t = max_l(0, seen + r / group); t < n; ++t) s[t] = -INFINITY;
+    F m = f_load(s);
+    for (long t = LANES; t < n; t += LANES) m = f_max(m, f_load(s + t));
+    w.shift[r] = f_hmax(m);
   }
-  for (long d = 0; d < D; d += LANES) store_n(out + d, f_mul(f_load(sum + d), f_set(1.0f / total)), D - d);
+  for (long r = 0; r < part.rows; r += LANES) {
+    const F before = f_load(top + r), after = f_max(before, f_load(w.shift + r));
+    f_store(w.shrink + r, f_shrink(c, before, after));
+    f_store(top + r, after);
+    f_store(w.shift + r, f_max(f_set(LOWEST), after));
+  }
+  for (long r = 0; r < part.rows; ++r) {
+    const F shift = f_set(w.shift[r]);
+    F sum = f_zero();
+    for (long t = 0; t < n; t += 2 * LANES) {
+      const F first = f_exp2(f_mul(c, f_sub(f_load(w.s + r * BT + t), shift)));
+      const F second = t + LANES < n ? f_exp2(f_mul(c, f_sub(f_load(w.s + r * BT + t + LANES), shift))) : f_zero();
+      sum = f_add(f_add(sum, first), second);
+      P::weights_row(first, second, w.p + r * BT + t);
+    }
+    w.sum[r] = f_hsum(sum);
+    if (w.shrink[r] != 1.0f)
+      for (long d = 0; d < part.Dp; d += LANES)
+        f_store(o + r * part.Dp + d, f_mul(f_load(o + r * part.Dp + d), f_set(w.shrink[r])));
+  }
+  for (long r = 0; r < part.rows; r += LANES)
+    f_store(total + r, f_fma(f_load(total + r), f_load(w.shrink + r), f_load(w.sum + r)));
+}
+
+// A request's queries of `heads` KV heads, and sums that hold nothing yet. query(h, r): where row r is read.
+template <class P, class Query>
+static void begin_part(const DecodeSpace<P>& w, const Partial& part, long head, long heads, long D, const Query& query) {
+  for (long h = 0; h < heads; ++h) {
+    for (long r = 0; r < part.rows; ++r) P::copy(query(head + h, r), D, part.Dp, w.q + (h * part.rows + r) * part.Dp);
+    memset(part.o(head + h), 0, size_t(part.rows * part.Dp) * 4);
+    for (long r = 0; r < part.rows_p; ++r) {
+      part.top(head + h)[r] = -INFINITY;
+      part.total(head + h)[r] = 0;
+    }
+  }
+}
+
+// Adds `valid` tokens from t0 on, whose keys and values begin at `at`, to the sums of KV heads [head, head + heads); first:
+// position of the first query token.
+template <class P, class T>
+static void decode_block(const DecodeSpace<P>& w, const Pages<T>& pages, const Partial& part, long head, long heads, long t0,
+                         long valid, const long* at, long first, long group, long D, float scale, Lookahead* ahead) {
+  const long Dp = part.Dp, rows = part.rows, words = Dp / P::WORD, n = ceil_div(valid, LANES) * LANES;
+  for (long h = 0; h < heads; ++h) {
+    key_columns<P>(w, pages.keys + h * D, at, n, D, Dp, ahead);
+    const auto* k = reinterpret_cast<const typename P::X*>(w.k);
+    gemm<typename P::X, Lookahead>({w.q + h * rows * Dp, words, 1, k, BT, w.s, BT, nullptr, rows, n, words, false, ahead});
+    softmax_rows<P>(w, part, head + h, n, first + 1 - t0, group, scale);
+    P::pairs(pages.values + h * D, at, valid, D, Dp, w.v, ahead);
+    gemm<typename P::X, Lookahead>({w.p, BT / P::WORD, 1, w.v, Dp, part.o(head + h), Dp, nullptr, rows, Dp,
+                                    ceil_div(valid, P::WORD), true, ahead});
+  }
+}
+
+// Adds up `parts` of a request, which follow each other, into the first, for one row of one KV head, and writes it.
+template <class T>
+static void merge_parts(const Partial& part, long parts, long head, long r, float scale, long D, T* out) {
+  const F c = f_set(scale * LOG2_E);
+  float* o = part.o(head) + r * part.Dp;
+  F top = f_set(part.top(head)[r]), total = f_set(part.total(head)[r]);
+  for (long i = 1; i < parts; ++i) {
+    const long next = i * part.size();
+    const F before = top, more = f_set(part.top(head)[r + next]);
+    top = f_max(before, more);
+    const F old = f_shrink(c, before, top), fresh = f_shrink(c, more, top);
+    total = f_fma(f_set(part.total(head)[r + next]), fresh, f_mul(total, old));
+    for (long d = 0; d < part.Dp; d += LANES) f_store(o + d, f_fma(f_load(o + next + d), fresh, f_mul(f_load(o + d), old)));
+  }
+  float sum[LANES];
+  f_store(sum, total);
+  for (long d = 0; d < D; d += LANES) store_n(out + d, f_mul(f_load(o + d), f_set(1.0f / sum[0])), D - d);
 }
 
 }  // namespace SF_ISA

@@ -1,4 +1,4 @@
-// Attention of a block of query tokens, with scores and sums transposed: lanes are queries, so that nothing of the softmax
+// Attention of a block of a prompt's tokens, with scores and sums transposed: lanes are queries, so that nothing of the softmax
 // is added up across lanes, and keys are multiplied as they lie in the cache.
 //
 //   s [BT, rows] = keys [BT, D] times q [D, rows]     o [D, rows] = o * shrink + values [D, BT] times weights [BT, rows]
@@ -18,14 +18,18 @@ constexpr long TILE = 64, TILES = 4;  // query rows at a time, and how often bef
 template <class P> struct PrefillSpace {
   typedef typename P::X X;
   long rows, Dp;
-  float *o, *s, *top, *total, *shrink, *stage;
+  float *o, *s, *top, *total, *shrink, *stage;  // o, top and total: of this part of the cache
+  float *o_all, *top_all, *total_all;           // and of those before
   X *q, *k, *v, *p, *line;
 
   PrefillSpace(long rows, long Dp) : rows(rows), Dp(Dp) {
-    o = static_cast<float*>(scratch(TASK, size_t(rows * (Dp + 2) + TILE * (BT + 1) + 4 * Dp) * 4));
+    o = static_cast<float*>(scratch(TASK, size_t(2 * rows * (Dp + 2) + TILE * (BT + 1) + 4 * Dp) * 4));
     top = o + rows * Dp;
     total = top + rows;
-    s = total + rows;
+    o_all = total + rows;
+    top_all = o_all + rows * Dp;
+    total_all = top_all + rows;
+    s = total_all + rows;
     shrink = s + TILE * BT;
     stage = shrink + TILE;
     q = static_cast<X*>(scratch(TASK_2, size_t(rows * Dp + 2 * BT * Dp + BT * TILE + 4 * Dp) * sizeof(X)));
@@ -33,11 +37,34 @@ template <class P> struct PrefillSpace {
     v = k + BT * Dp;
     p = v + BT * Dp;
     line = p + BT * TILE;
+    begin_part();
+  }
+
+  void begin_part() {
     for (long r = 0; r < rows; ++r) {
       top[r] = -INFINITY;
       total[r] = 0;
     }
     memset(o, 0, size_t(rows * Dp) * 4);
+  }
+
+  // Adds a part's sums to those before; the first one's are taken as they are.
+  void end_part(bool is_first, float scale) {
+    if (is_first) {
+      memcpy(o_all, o, size_t(rows * (Dp + 2)) * 4);
+      return;
+    }
+    const F c = f_set(scale * LOG2_E);
+    for (long r = 0; r < rows; r += LANES) {
+      const F before = f_load(top_all + r), more = f_load(top + r), after = f_max(before, more);
+      const F old = f_shrink(c, before, after), fresh = f_shrink(c, more, after);
+      f_store(top_all + r, after);
+      f_store(total_all + r, f_fma(f_load(total + r), fresh, f_mul(f_load(total_all + r), old)));
+      for (long d = 0; d < Dp; ++d) {
+        float* all = o_all + d * rows + r;
+        f_store(all, f_fma(f_load(o + d * rows + r), fresh, f_mul(f_load(all), old)));
+      }
+    }
   }
 
   // Queries into columns; query(r) is null for a row that does not exist.
@@ -60,12 +87,12 @@ template <class P> struct PrefillSpace {
   void divide(long r) {
     for (long d = 0; d < Dp; d += 4) {
       Int4 column[4];
-      for (int i = 0; i < 4; ++i) memcpy(&column[i], o + (d + i) * rows + r, 16);
+      for (int i = 0; i < 4; ++i) memcpy(&column[i], o_all + (d + i) * rows + r, 16);
       transpose4(column, reinterpret_cast<char*>(stage + d), Dp * 4);
     }
     for (int i = 0; i < 4; ++i)
       for (long d = 0; d < Dp; d += LANES)
-        f_store(stage + i * Dp + d, f_mul(f_load(stage + i * Dp + d), f_set(1.0f / total[r + i])));
+        f_store(stage + i * Dp + d, f_mul(f_load(stage + i * Dp + d), f_set(1.0f / total_all[r + i])));
   }
 };
 
@@ -83,19 +110,25 @@ template <class P> static void softmax_columns(PrefillSpace<P>& w, long r, long 
     const F top = f_max(f_max(m[0], m[1]), f_max(m[2], m[3]));
     // A row that has seen nothing yet keeps its zeros; without a limit -inf - -inf would poison it.
     const F shift = f_max(f_set(LOWEST), top);
-    // NOTE: not as one multiply-add: where a block changes nothing, the factor has to be 1 exactly.
-    const F shrink = f_exp2(f_mul(c, f_sub(before, shift)));
-    F sum[2] = {f_zero(), f_zero()};
-    for (t = 0; t < seen; t += 2) {
-      const F even = f_exp2(f_mul(c, f_sub(f_load(s + t * n), shift)));
-      const F odd = t + 1 < seen ? f_exp2(f_mul(c, f_sub(f_load(s + (t + 1) * n), shift))) : f_zero();
-      sum[0] = f_add(sum[0], even);
-      sum[1] = f_add(sum[1], odd);
-      P::weights(even, odd, w.p + t * n + i * P::WORD, n);
+    // Token t adds to sum t % LANES, and these are added by halves: as in the lanes of a decode.
+    F sum[LANES];
+    for (long lane = 0; lane < LANES; lane += 2) {
+      F even_sum = f_zero(), odd_sum = f_zero();
+      for (t = lane; t < seen; t += LANES) {
+        const F even = f_exp2(f_mul(c, f_sub(f_load(s + t * n), shift)));
+        const F odd = t + 1 < seen ? f_exp2(f_mul(c, f_sub(f_load(s + (t + 1) * n), shift))) : f_zero();
+        even_sum = f_add(even_sum, even);
+        odd_sum = f_add(odd_sum, odd);
+        P::weights(even, odd, w.p + t * n + i * P::WORD, n);
+      }
+      sum[lane] = even_sum;
+      sum[lane + 1] = odd_sum;
     }
-    f_store(w.shrink + i, shrink);
+    for (long half = LANES / 2; half > 0; half /= 2)
+      for (long lane = 0; lane < half; ++lane) sum[lane] = f_add(sum[lane], sum[lane + half]);
+    f_store(w.shrink + i, f_shrink(c, before, top));
     f_store(w.top + r + i, top);
-    f_store(w.total + r + i, f_fma(f_load(w.total + r + i), shrink, f_add(sum[0], sum[1])));
+    f_store(w.total + r + i, f_fma(f_load(w.total + r + i), f_load(w.shrink + i), sum[0]));
   }
 }
 
@@ -103,16 +136,16 @@ template <class P> static void softmax_columns(PrefillSpace<P>& w, long r, long 
 // where row r, of token r / group and head r % group, is read and written.
 template <class P, class T, class Query, class Out>
 static void prefill_rows(const Pages<T>& pages, long first, long tokens, long group, float scale,
-                         const Query& query, const Out& out) {
-  const long used = tokens * group, Dp = ceil_div(pages.D, LANES) * LANES, words = Dp / P::WORD;
+                         long D, const Query& query, const Out& out) {
+  const long used = tokens * group, Dp = ceil_div(D, LANES) * LANES, words = Dp / P::WORD;
   PrefillSpace<P> w(ceil_div(used, LANES) * LANES, Dp);
   long at[BT];
-  w.set_queries(pages.D, [&](long r) { return r < used ? query(r) : nullptr; });
+  w.set_queries(D, [&](long r) { return r < used ? query(r) : nullptr; });
   for (long t0 = 0; t0 < first + tokens; t0 += BT) {
     const long valid = min_l(BT, first + tokens - t0);
     pages.find(t0, valid, at);
-    for (long t = 0; t < valid; ++t) P::copy(pages.keys + at[t], pages.D, Dp, w.k + t * Dp);
-    P::pairs(pages, at, valid, Dp, w.v);
+    for (long t = 0; t < valid; ++t) P::copy(pages.keys + at[t], D, Dp, w.k + t * Dp);
+    P::pairs(pages.values, at, valid, D, Dp, w.v, static_cast<NoLookahead*>(nullptr));
     for (long r = 0; r < w.rows; r += TILE) {
       const long n = min_l(TILE, w.rows - r), last = min_l(tokens - 1, (r + n - 1) / group);
       const long seen = min_l(valid, first + last + 1 - t0);
@@ -124,12 +157,16 @@ static void prefill_rows(const Pages<T>& pages, long first, long tokens, long gr
       softmax_columns<P>(w, r, n, seen, scale);
       gemm<typename P::X>({w.v, 1, Dp, w.p, n, w.o + r, w.rows, w.shrink, Dp, n, ceil_div(seen, P::WORD)});
     }
+    if ((t0 + BT) % PART == 0 || t0 + BT >= first + tokens) {
+      w.end_part(t0 < PART, scale);
+      if (t0 + BT < first + tokens) w.begin_part();
+    }
   }
   for (long r = 0; r < used; r += 4) {
     w.divide(r);
     for (long i = 0; i < min_l(4, used - r); ++i) {
       T* to = out(r + i);
-      for (long d = 0; d < pages.D; d += LANES) store_n(to + d, f_load(w.stage + i * Dp + d), pages.D - d);
+      for (long d = 0; d < D; d += LANES) store_n(to + d, f_load(w.stage + i * Dp + d), D - d);
     }
   }
 }

@@ -78,6 +78,23 @@ static inline void store4(f16* y, Float4 v) { _mm_storel_epi64((__m128i*)y, _mm_
 
 static inline I i_zero() { return _mm512_setzero_si512(); }
 static inline I i_load(const int32_t* p) { return _mm512_loadu_si512(p); }
+static inline void i_store(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
+// Four words at `offset` of rows 0, 4, 8, ...
+static SF_INLINE I i_load_rows(const char* const* row, long offset) {
+  const auto four = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[i] + offset)); };
+  I x = _mm512_castsi128_si512(four(0));
+  x = _mm512_mask_broadcast_i32x4(x, 0x00f0, four(4));
+  x = _mm512_mask_broadcast_i32x4(x, 0x0f00, four(8));
+  return _mm512_mask_broadcast_i32x4(x, 0xf000, four(12));
+}
+static SF_INLINE void i_transpose4(I x[4]) {  // within each four words
+  const I a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+  const I c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+  x[0] = _mm512_unpacklo_epi64(a, c);
+  x[1] = _mm512_unpackhi_epi64(a, c);
+  x[2] = _mm512_unpacklo_epi64(b, d);
+  x[3] = _mm512_unpackhi_epi64(b, d);
+}
 static inline F i_to_f(I x) { return _mm512_cvtepi32_ps(x); }
 // Stores round-to-nearest-even integers of x, which the caller keeps in range.
 static inline void store_rounded(int8_t* p, F x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))); }
@@ -121,7 +138,6 @@ constexpr int int_panels(int rows) { return rows == 1 ? 1 : 2; }
 constexpr int BF16_STEP = 32;
 static inline I bf16_load(const bf16* p) { return _mm512_loadu_si512(p); }
 static inline F dot_bf16(F acc, I w, I a) { SF_DOT("vdpbf16ps", acc, w, a); return acc; }
-// Rounds like `store`, but flushes subnormals.
 // even[0], odd[0], even[1], ...: the first and the second 16 pairs.
 static SF_INLINE void bf16_zip(I even, I odd, I& low, I& high) {
   const I first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35,
@@ -129,16 +145,15 @@ static SF_INLINE void bf16_zip(I even, I odd, I& low, I& high) {
   low = _mm512_permutex2var_epi16(even, first, odd);
   high = _mm512_permutex2var_epi16(even, _mm512_add_epi16(first, _mm512_set1_epi16(16)), odd);
 }
-static inline void bf16_pairs(F even, F odd, bf16* to) {
+// Two vectors, one behind the other. Rounds like `store`, but flushes subnormals, as does bf16_pairs.
+static inline void bf16_row(F first, F second, bf16* to) {
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+static inline void bf16_pairs(F even, F odd, bf16* to) {  // even[0], odd[0], even[1], ...
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
   const __m512i each = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(each, both));
-}
-static inline void bf16_pairs(const bf16* even, const bf16* odd, bf16* to) {  // even[0], odd[0], even[1], ...
-  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)even));
-  const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)odd));
-  _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
 #endif
 

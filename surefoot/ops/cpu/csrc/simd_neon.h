@@ -32,7 +32,7 @@ static inline F f_scale(F x, F n) { return f_mul(x, f_pow2(n)); }  // x * 2^n
 static inline F f_zero_below(F limit, F x, F y) {  // y, but 0 in lanes where x < limit
   return vbslq_f32(vcltq_f32(x, limit), f_zero(), y);
 }
-static inline float f_hsum(F x) { return vaddvq_f32(x); }
+static inline float f_hsum(F x) { return vaddv_f32(vadd_f32(vget_low_f32(x), vget_high_f32(x))); }
 static inline float f_hmax(F x) { return vmaxvq_f32(x); }
 static inline Float4 f_hsum4(F a, F b, F c, F d) { return (Float4)vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)); }
 
@@ -51,6 +51,19 @@ template <class T> static inline void store4(T* y, Float4 v) { store(y, (F)v); }
 
 static inline I i_zero() { return vdupq_n_s32(0); }
 static inline I i_load(const int32_t* p) { return vld1q_s32(p); }
+static inline void i_store(int32_t* p, I x) { vst1q_s32(p, x); }
+static SF_INLINE I i_load_rows(const char* const* row, long offset) {  // four words at `offset` of a row
+  return vld1q_s32(reinterpret_cast<const int32_t*>(row[0] + offset));
+}
+static SF_INLINE void i_transpose4(I x[4]) {
+  const auto pairs = [](I a) { return vreinterpretq_s64_s32(a); };
+  const int64x2_t a = pairs(vtrn1q_s32(x[0], x[1])), b = pairs(vtrn2q_s32(x[0], x[1]));
+  const int64x2_t c = pairs(vtrn1q_s32(x[2], x[3])), d = pairs(vtrn2q_s32(x[2], x[3]));
+  x[0] = vreinterpretq_s32_s64(vtrn1q_s64(a, c));
+  x[1] = vreinterpretq_s32_s64(vtrn1q_s64(b, d));
+  x[2] = vreinterpretq_s32_s64(vtrn2q_s64(a, c));
+  x[3] = vreinterpretq_s32_s64(vtrn2q_s64(b, d));
+}
 static inline F i_to_f(I x) { return vcvtq_f32_s32(x); }
 // Stores round-to-nearest-even integers of x, which the caller keeps in range.
 static inline void store_rounded(int16_t* p, F x) { vst1_s16(p, vmovn_s32(vcvtnq_s32_f32(x))); }

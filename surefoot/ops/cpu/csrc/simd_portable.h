@@ -62,6 +62,21 @@ static inline I i_load(const int32_t* p) {
   memcpy(r.v, p, sizeof r.v);
   return r;
 }
+static inline void i_store(int32_t* p, I x) { memcpy(p, x.v, sizeof x.v); }
+static inline I i_load_rows(const char* const* row, long offset) {  // four words at `offset` of rows 0 and 4
+  I r;
+  for (int i = 0; i < LANES; i += 4) memcpy(r.v + i, row[i] + offset, 16);
+  return r;
+}
+static inline void i_transpose4(I x[4]) {  // within each four words
+  for (int b = 0; b < LANES; b += 4)
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < i; ++j) {
+        const int32_t other = x[i].v[b + j];
+        x[i].v[b + j] = x[j].v[b + i];
+        x[j].v[b + i] = other;
+      }
+}
 static inline F i_to_f(I x) { return f_map([&](int i) { return float(x.v[i]); }); }
 // Stores round-to-nearest-even integers of x, which the caller keeps in range.
 template <class Q> static inline void store_rounded(Q* p, F x) {
