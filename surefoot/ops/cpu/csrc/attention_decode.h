@@ -55,12 +55,9 @@ static void key_columns(const DecodeSpace<P>& w, const T* keys, const long* at, 
     const char* rows[LANES];
     for (long i = 0; i < LANES; ++i)
       rows[i] = reinterpret_cast<const char*>(P::row(keys + at[t + i], D, Dp, w.row + i * Dp));
-    for (long word = 0; word < Dp / P::WORD; word += 4) {
-      I x[4];
-      SF_UNROLL for (int i = 0; i < 4; ++i) x[i] = i_load_rows(rows + i, word * 4);
-      i_transpose4(x);
-      SF_UNROLL for (int i = 0; i < 4; ++i) i_store(w.k + (word + i) * BT + t, x[i]);
-      ahead->fetch();
+    for (long word = 0; word < Dp / P::WORD; word += LANES) {
+      transpose_words(rows, word * 4, w.k + word * BT + t, BT);
+      for (long i = 0; i < LANES; i += 4) ahead->fetch();
     }
   }
 }

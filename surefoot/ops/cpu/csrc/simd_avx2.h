@@ -83,18 +83,21 @@ static inline void store4(f16* y, Float4 v) { _mm_storel_epi64((__m128i*)y, _mm_
 static inline I i_zero() { return _mm256_setzero_si256(); }
 static inline I i_load(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
 static inline void i_store(int32_t* p, I x) { _mm256_storeu_si256((__m256i*)p, x); }
-// Four words at `offset` of rows 0 and 4.
-static SF_INLINE I i_load_rows(const char* const* row, long offset) {
-  const auto four = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[i] + offset)); };
-  return _mm256_inserti128_si256(_mm256_castsi128_si256(four(0)), four(4), 1);
-}
-static SF_INLINE void i_transpose4(I x[4]) {  // within each four words
-  const I a = _mm256_unpacklo_epi32(x[0], x[1]), b = _mm256_unpackhi_epi32(x[0], x[1]);
-  const I c = _mm256_unpacklo_epi32(x[2], x[3]), d = _mm256_unpackhi_epi32(x[2], x[3]);
-  x[0] = _mm256_unpacklo_epi64(a, c);
-  x[1] = _mm256_unpackhi_epi64(a, c);
-  x[2] = _mm256_unpacklo_epi64(b, d);
-  x[3] = _mm256_unpackhi_epi64(b, d);
+// LANES words of LANES rows as columns, `ld` words apart.
+static SF_INLINE void transpose_words(const char* const* row, long offset, int32_t* to, long ld) {
+  SF_UNROLL for (int w = 0; w < 8; w += 4) {
+    I x[4];
+    SF_UNROLL for (int i = 0; i < 4; ++i) {
+      const auto four = [&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[r] + offset + 4 * w)); };
+      x[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(four(i)), four(i + 4), 1);
+    }
+    const I a = _mm256_unpacklo_epi32(x[0], x[1]), b = _mm256_unpackhi_epi32(x[0], x[1]);
+    const I c = _mm256_unpacklo_epi32(x[2], x[3]), d = _mm256_unpackhi_epi32(x[2], x[3]);
+    i_store(to + w * ld, _mm256_unpacklo_epi64(a, c));
+    i_store(to + (w + 1) * ld, _mm256_unpackhi_epi64(a, c));
+    i_store(to + (w + 2) * ld, _mm256_unpacklo_epi64(b, d));
+    i_store(to + (w + 3) * ld, _mm256_unpackhi_epi64(b, d));
+  }
 }
 static inline F i_to_f(I x) { return _mm256_cvtepi32_ps(x); }
 // Stores round-to-nearest-even integers of x, which the caller keeps in range.

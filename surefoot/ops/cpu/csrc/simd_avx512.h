@@ -79,21 +79,26 @@ static inline void store4(f16* y, Float4 v) { _mm_storel_epi64((__m128i*)y, _mm_
 static inline I i_zero() { return _mm512_setzero_si512(); }
 static inline I i_load(const int32_t* p) { return _mm512_loadu_si512(p); }
 static inline void i_store(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
-// Four words at `offset` of rows 0, 4, 8, ...
-static SF_INLINE I i_load_rows(const char* const* row, long offset) {
-  const auto four = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[i] + offset)); };
-  I x = _mm512_castsi128_si512(four(0));
-  x = _mm512_mask_broadcast_i32x4(x, 0x00f0, four(4));
-  x = _mm512_mask_broadcast_i32x4(x, 0x0f00, four(8));
-  return _mm512_mask_broadcast_i32x4(x, 0xf000, four(12));
-}
-static SF_INLINE void i_transpose4(I x[4]) {  // within each four words
-  const I a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
-  const I c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
-  x[0] = _mm512_unpacklo_epi64(a, c);
-  x[1] = _mm512_unpackhi_epi64(a, c);
-  x[2] = _mm512_unpacklo_epi64(b, d);
-  x[3] = _mm512_unpackhi_epi64(b, d);
+// LANES words of LANES rows as columns, `ld` words apart.
+static SF_INLINE void transpose_words(const char* const* row, long offset, int32_t* to, long ld) {
+  I a[16], b[16];
+  SF_UNROLL for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(row[i] + offset);
+  SF_UNROLL for (int i = 0; i < 16; i += 4) {  // within 128 bits: b[i + j] has word j of each four, of rows i ... i + 3
+    const I x = _mm512_unpacklo_epi32(a[i], a[i + 1]), y = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    const I z = _mm512_unpacklo_epi32(a[i + 2], a[i + 3]), u = _mm512_unpackhi_epi32(a[i + 2], a[i + 3]);
+    b[i] = _mm512_unpacklo_epi64(x, z);
+    b[i + 1] = _mm512_unpackhi_epi64(x, z);
+    b[i + 2] = _mm512_unpacklo_epi64(y, u);
+    b[i + 3] = _mm512_unpackhi_epi64(y, u);
+  }
+  SF_UNROLL for (int j = 0; j < 4; ++j) {
+    const I x = _mm512_shuffle_i32x4(b[j], b[j + 4], 0x88), y = _mm512_shuffle_i32x4(b[j + 8], b[j + 12], 0x88);
+    const I z = _mm512_shuffle_i32x4(b[j], b[j + 4], 0xdd), u = _mm512_shuffle_i32x4(b[j + 8], b[j + 12], 0xdd);
+    i_store(to + j * ld, _mm512_shuffle_i32x4(x, y, 0x88));
+    i_store(to + (j + 4) * ld, _mm512_shuffle_i32x4(z, u, 0x88));
+    i_store(to + (j + 8) * ld, _mm512_shuffle_i32x4(x, y, 0xdd));
+    i_store(to + (j + 12) * ld, _mm512_shuffle_i32x4(z, u, 0xdd));
+  }
 }
 static inline F i_to_f(I x) { return _mm512_cvtepi32_ps(x); }
 // Stores round-to-nearest-even integers of x, which the caller keeps in range.

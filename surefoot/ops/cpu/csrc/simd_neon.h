@@ -51,18 +51,11 @@ template <class T> static inline void store4(T* y, Float4 v) { store(y, (F)v); }
 
 static inline I i_zero() { return vdupq_n_s32(0); }
 static inline I i_load(const int32_t* p) { return vld1q_s32(p); }
-static inline void i_store(int32_t* p, I x) { vst1q_s32(p, x); }
-static SF_INLINE I i_load_rows(const char* const* row, long offset) {  // four words at `offset` of a row
-  return vld1q_s32(reinterpret_cast<const int32_t*>(row[0] + offset));
-}
-static SF_INLINE void i_transpose4(I x[4]) {
-  const auto pairs = [](I a) { return vreinterpretq_s64_s32(a); };
-  const int64x2_t a = pairs(vtrn1q_s32(x[0], x[1])), b = pairs(vtrn2q_s32(x[0], x[1]));
-  const int64x2_t c = pairs(vtrn1q_s32(x[2], x[3])), d = pairs(vtrn2q_s32(x[2], x[3]));
-  x[0] = vreinterpretq_s32_s64(vtrn1q_s64(a, c));
-  x[1] = vreinterpretq_s32_s64(vtrn1q_s64(b, d));
-  x[2] = vreinterpretq_s32_s64(vtrn2q_s64(a, c));
-  x[3] = vreinterpretq_s32_s64(vtrn2q_s64(b, d));
+// LANES words of LANES rows as columns, `ld` words apart.
+static SF_INLINE void transpose_words(const char* const* row, long offset, int32_t* to, long ld) {
+  Int4 x[4];
+  for (int i = 0; i < 4; ++i) memcpy(&x[i], row[i] + offset, 16);
+  transpose4(x, reinterpret_cast<char*>(to), 4 * ld);
 }
 static inline F i_to_f(I x) { return vcvtq_f32_s32(x); }
 // Stores round-to-nearest-even integers of x, which the caller keeps in range.

@@ -62,20 +62,10 @@ static inline I i_load(const int32_t* p) {
   memcpy(r.v, p, sizeof r.v);
   return r;
 }
-static inline void i_store(int32_t* p, I x) { memcpy(p, x.v, sizeof x.v); }
-static inline I i_load_rows(const char* const* row, long offset) {  // four words at `offset` of rows 0 and 4
-  I r;
-  for (int i = 0; i < LANES; i += 4) memcpy(r.v + i, row[i] + offset, 16);
-  return r;
-}
-static inline void i_transpose4(I x[4]) {  // within each four words
-  for (int b = 0; b < LANES; b += 4)
-    for (int i = 0; i < 4; ++i)
-      for (int j = 0; j < i; ++j) {
-        const int32_t other = x[i].v[b + j];
-        x[i].v[b + j] = x[j].v[b + i];
-        x[j].v[b + i] = other;
-      }
+// LANES words of LANES rows as columns, `ld` words apart.
+static inline void transpose_words(const char* const* row, long offset, int32_t* to, long ld) {
+  for (int i = 0; i < LANES; ++i)
+    for (int w = 0; w < LANES; ++w) memcpy(to + w * ld + i, row[i] + offset + 4 * w, 4);
 }
 static inline F i_to_f(I x) { return f_map([&](int i) { return float(x.v[i]); }); }
 // Stores round-to-nearest-even integers of x, which the caller keeps in range.
