@@ -1,6 +1,6 @@
 // Causal attention over paged keys and values, with an online softmax; sums are in fp32.
 //
-// A request with FEW new tokens or less (decode) is split into parts of PART cached tokens; one with more (prefill) into
+// A request with at most FEW new tokens (decode) is split into parts of PART cached tokens; one with more (prefill) into
 // blocks of query tokens. Both walk the cache in blocks of BT tokens counted from its start, begin the softmax anew at
 // every part and add up in the same order, so a token's result does not depend on the other requests, on the number of
 // threads, or on how a prompt was cut into chunks.
@@ -11,7 +11,7 @@
 namespace sf {
 namespace SF_ISA {
 
-constexpr long FEW = 4, RUN = 8;
+constexpr long FEW = 4, RUN = 8;  // RUN: blocks that a task has, if there are enough
 
 template <class T> struct Job {
   const Attention& a;
@@ -22,7 +22,7 @@ template <class T> struct Job {
             a.Hk * a.D};
   }
   long tokens(long request) const { return a.starts[request + 1] - a.starts[request]; }
-  bool few(long request) const { return tokens(request) <= FEW; }
+  bool few(long request) const { return tokens(request) > 0 && tokens(request) <= FEW; }
   long parts(long request) const { return ceil_div(a.lens[request], PART); }
   Partial partial(float* at, long request, long part) const {
     const long rows = tokens(request) * group;

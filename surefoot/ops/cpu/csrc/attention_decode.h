@@ -26,8 +26,7 @@ struct Partial {
   long size() const { return floats(Hk, rows, Dp); }
 };
 
-// Scores s [rows][BT] of one KV head and a block of tokens into weights w.p; token r / group sees the first
-// seen + r / group of them. The sums o, top and total take their new scale.
+// What a thread works in.
 template <class P> struct DecodeSpace {
   typedef typename P::X X;
   X *q, *row, *v, *p;  // q [heads][rows][Dp], row [LANES][Dp], v [BT][Dp], p [rows][BT]
@@ -62,6 +61,8 @@ static void key_columns(const DecodeSpace<P>& w, const T* keys, const long* at, 
   }
 }
 
+// Scores w.s [rows][BT] of one KV head and n tokens into weights w.p; row r sees the first seen + r / group of them. The
+// sums o, top and total take their new scale.
 template <class P>
 static void softmax_rows(const DecodeSpace<P>& w, const Partial& part, long head, long n, long seen, long group, float scale) {
   const F c = f_set(scale * LOG2_E);  // 2^(c x) is e^(scale x)
