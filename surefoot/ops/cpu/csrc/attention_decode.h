@@ -122,9 +122,7 @@ static void decode_block(const DecodeSpace<P>& w, const Pages<T>& pages, const P
     const auto* k = reinterpret_cast<const typename P::X*>(w.k);
     gemm<typename P::X, Lookahead>({w.q + h * rows * Dp, words, 1, k, BT, w.s, BT, nullptr, rows, n, words, false, ahead});
     softmax_rows<P>(w, part, head + h, n, first + 1 - t0, group, scale);
-    P::pairs(pages.values + h * D, at, valid, D, Dp, w.v, ahead);
-    gemm<typename P::X, Lookahead>({w.p, BT / P::WORD, 1, w.v, Dp, part.o(head + h), Dp, nullptr, rows, Dp,
-                                    ceil_div(valid, P::WORD), true, ahead});
+    P::add_values(w.p, rows, pages.values + h * D, at, valid, D, Dp, w.v, part.o(head + h), ahead);
   }
 }
 

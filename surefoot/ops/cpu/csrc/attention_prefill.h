@@ -145,7 +145,7 @@ static void prefill_rows(const Pages<T>& pages, long first, long tokens, long gr
     const long valid = min_l(BT, first + tokens - t0);
     pages.find(t0, valid, at);
     for (long t = 0; t < valid; ++t) P::copy(pages.keys + at[t], D, Dp, w.k + t * Dp);
-    P::pairs(pages.values, at, valid, D, Dp, w.v, static_cast<NoLookahead*>(nullptr));
+    P::pairs(pages.values, at, valid, D, Dp, w.v);
     for (long r = 0; r < w.rows; r += TILE) {
       const long n = min_l(TILE, w.rows - r), last = min_l(tokens - 1, (r + n - 1) / group);
       const long seen = min_l(valid, first + last + 1 - t0);
