@@ -98,8 +98,8 @@ template <class T> struct Fp32Products {
     f_store(to + LANES, second);
   }
   // o [rows][Dp] += p [rows][BT] times values [valid][D]; v: memory to convert them in.
-  static void add_values(const float* p, long rows, const T* values, const long* at, long valid, long D, long Dp, float* v, float* o,
-                         Lookahead* ahead) {
+  static void add_values(const float* p, long rows, const T* values, const long* at, long valid, long D, long Dp, float* v,
+                         float* o, Lookahead* ahead) {
     for (long t = 0; t < valid; ++t) {
       copy(values + at[t], D, Dp, v + t * Dp);
       ahead->fetch();
@@ -137,6 +137,7 @@ class Bf16Products {  // D: a multiple of BF16_STEP
                          Lookahead* ahead) {
     long r = 0;
     for (; r + 4 <= rows; r += 4) add_rows<4>(p + r * BT, values, at, valid, D, o + r * D, ahead);
+    for (; r + 2 <= rows; r += 2) add_rows<2>(p + r * BT, values, at, valid, D, o + r * D, ahead);
     for (; r < rows; ++r) add_rows<1>(p + r * BT, values, at, valid, D, o + r * D, ahead);
   }
 
