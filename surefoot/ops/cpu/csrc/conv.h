@@ -53,6 +53,7 @@ template <int TAPS, class T, class W> static void conv_channels(const Conv& v, l
       for (long j = 0; j < taps; ++j) row[j] = ring[(t + j) % taps];
       for (long c = 0; c < n; c += LANES) {
         prefetch(now + CONV_AHEAD * v.ldx + c);
+        prefetch(out + CONV_AHEAD * v.C + c);
         const F last = load_n(now + c, n - c);
         f_store(row[past] + c, last);
         F sum = f_load(bias + c);

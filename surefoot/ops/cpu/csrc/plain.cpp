@@ -62,7 +62,8 @@ long gather(const void* table, long rows, long row_bytes, const int64_t* ids, vo
   for (long i = 0; i < n; ++i)
     if (ids[i] < 0 || ids[i] >= rows) return i;
   const char* from = static_cast<const char*>(table);
-  if (n > 1) for_blocks(n, 16, [&](long i) { ask_for(from + ids[i] * row_bytes, row_bytes); });
+  if (n > 1)
+    for (long i = 0; i < n; ++i) ask_for(from + ids[i] * row_bytes, row_bytes);
   for_blocks(n, 16, [&](long i) {
     memcpy(static_cast<char*>(out) + i * row_bytes, from + ids[i] * row_bytes, size_t(row_bytes));
   });
