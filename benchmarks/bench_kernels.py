@@ -100,6 +100,11 @@ def weights(kind: str, outer: int, inner: int):
     return (F.linear if kind.startswith("torch") else ops.linear), (w,)
 
 
+def placed(arg):
+    """A tensor anew where a loaded model's weights lie: in pages of 2 MiB."""
+    return hugepages.empty(arg.shape, arg.dtype).copy_(arg) if isinstance(arg, torch.Tensor) else arg
+
+
 def cases(kinds: list[str], tokens: tuple[int, ...]) -> list[Case]:
     out = []
     for kind in kinds:
@@ -108,10 +113,7 @@ def cases(kinds: list[str], tokens: tuple[int, ...]) -> list[Case]:
             size = outer * inner * KINDS[PEERS.get(kind, kind)][0]
             fn, args = weights(kind, outer, inner)
             # Copies of the same numbers: a product's time does not depend on them.
-            copies = [args] + [
-                tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
-                for _ in range(int(CACHE_BYTES / size))
-            ]
+            copies = [tuple(map(placed, args)) for _ in range(1 + int(CACHE_BYTES / size))]
             head = (outer, inner) == HEAD
             for n in tokens:
                 if head and n > 64:

@@ -117,9 +117,10 @@ template <class Kind, bool SCALED, bool BLOCKS> class Tokens {
     scales_ = static_cast<float*>(scratch(SCALES, size_t(job.M * blocks_) * 4));
     starts_ = static_cast<int32_t*>(scratch(SUMS, size_t(job.M * segments_) * 4));
     with_type(job.xtype, [&](auto zero) {
-      parallel(tiles * QUADS, double(job.M * job.K), [&](long i) {
-        const long first = first_row(i / QUADS), end = first_row(i / QUADS + 1), m = first + i % QUADS * 4;
-        if (m < end) prepare<decltype(zero)>(first, end - first, m, min_l(4, end - m));
+      // A tile is one thread's: the words of its tokens share cache lines.
+      parallel(tiles, double(job.M * job.K), [&](long i) {
+        const long first = first_row(i), end = first_row(i + 1);
+        for (long m = first; m < end; m += 4) prepare<decltype(zero)>(first, end - first, m, min_l(4, end - m));
       });
     });
   }
@@ -134,7 +135,6 @@ template <class Kind, bool SCALED, bool BLOCKS> class Tokens {
 
  private:
   typedef typename Kind::X X;
-  static constexpr long QUADS = (ROWS_MAX + 3) / 4;
 
   const Linear& job_;
   long blocks_, segments_, padded_;
