@@ -146,7 +146,8 @@ def measure_load(specs: Specs, repeats: int) -> dict:
     parts: dict[str, list[dict]] = {}
     for repeat in range(-1, repeats):
         for spec in specs:
-            peer = Peer(*spec)
+            family, setting, options = spec
+            peer = Peer(family, setting, options | ({"lazy": True} if options["peer"] == "native" else {}))
             first = ask_case(peer, command, repeat)
             if repeat >= 0:
                 families[peer.name] = peer.family

@@ -54,6 +54,8 @@ class FakeEngine:
     def generate(self, prompts, params):
         return []
 
+    postponed = ()  # nothing was left for later
+
     def has_unfinished(self):
         return bool(self.running)
 

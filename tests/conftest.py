@@ -17,7 +17,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
     fake.loads = []
 
-    def load(model, config, progress=None):
+    def load(model, config, progress=None, lazy=False):
         fake.loads.append((model, config))
         return fake
 

@@ -143,6 +143,8 @@ class FakeEngine:
         del self.running[request_id]
         self._ended.append(RequestOutput(request_id, finished=True, finish_reason="abort"))
 
+    postponed = ()  # nothing was left for later
+
     def has_unfinished(self) -> bool:
         return bool(self.running or self._ended)
 

@@ -22,7 +22,7 @@ PEAKS = {"int8": 0, "fp32": 1, "bf16": 2, "int16": 3}  # as Peak in surefoot/ops
 
 
 class Native:
-    def __init__(self, model: str, dtype: str, threads: int, graph: str = "auto"):
+    def __init__(self, model: str, dtype: str, threads: int, graph: str = "auto", lazy: bool = False):
         config = EngineConfig(
             dtype=dtype,
             num_threads=threads,
@@ -32,7 +32,7 @@ class Native:
             kv_cache_tokens=8192,
             enable_prefix_caching=False,
         )
-        self.engine = Engine.load(model, config)
+        self.engine = Engine.load(model, config, lazy=lazy)
         self.buffer: torch.Tensor | None = None
 
     def about(self) -> dict:

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from surefoot.engine.engine import Engine
 
 
-def load_engine(model: str, config: EngineConfig) -> Engine:
+def load_engine(model: str, config: EngineConfig, lazy: bool = False) -> Engine:
     from surefoot.cli.progress import Progress
 
     with collector.paused():
         from surefoot.engine.engine import Engine
     with Progress() as progress:
-        engine = Engine.load(model, config, progress)
+        engine = Engine.load(model, config, progress, lazy)
     for note in engine.info.notes:
         print(f"note: {note}", file=sys.stderr)
     return engine

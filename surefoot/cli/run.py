@@ -64,14 +64,14 @@ def run(
         if prompt is not None:
             raise InputError("give either a PROMPT or --prompts FILE, not both")
         job = batch.read(prompts, params, output)
-        batch.run(load_engine(model, config), job, style)
+        batch.run(load_engine(model, config, lazy=True), job, style)
         return
     if output is not None:
         raise InputError("-o belongs to --prompts FILE; one answer goes to stdout")
     if prompt is None and not sys.stdin.isatty():
         prompt = ask.read_stdin()
     if prompt is None:
-        chat.run(load_engine(model, config), params, style)
+        chat.run(load_engine(model, config, lazy=True), params, style)
     else:
         ask.check_prompt(prompt)
-        ask.run(load_engine(model, config), prompt, params, style)
+        ask.run(load_engine(model, config, lazy=True), prompt, params, style)

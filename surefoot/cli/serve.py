@@ -41,5 +41,5 @@ def serve(
     from surefoot.cli.load import load_engine
     from surefoot.serve.main import run_server
 
-    run_server(lambda: load_engine(model, config), settings)
+    run_server(lambda: load_engine(model, config, lazy=True), settings)
     return None

@@ -57,6 +57,11 @@ class CpuGraph(Graph):
 
 
 class _Watch(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Newer torch would otherwise import its compiler at the first call, which takes a second."""
+        return False
+
     def __init__(self, graph: CpuGraph):
         super().__init__()
         self.graph = graph

@@ -9,7 +9,7 @@ graph's logits afterwards, like in an eager step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,12 +20,10 @@ from surefoot.core.batch import Batch, KVPages, LinearState
 from surefoot.device import Device
 from surefoot.device.graphs import Graph
 from surefoot.engine import sampler
-from surefoot.engine.graphs import GraphPlan
 from surefoot.engine.padding import Padding
 from surefoot.engine.scheduler import Schedule, Scheduled
 from surefoot.models.base import CausalLM
 
-Progress = Callable[[str, float | None], None]
 LONGS = ("input_ids", "positions", "slot_mapping", "state_slots", "logits_indices", "rope_lens")
 
 
@@ -102,34 +100,37 @@ class Decoded:
 class DecodeGraphs:
     """All graphs of one engine. `captures` counts them as they are made; after loading it must not grow."""
 
-    def __init__(self, model: CausalLM, device: Device, padding: Padding) -> None:
-        self.model, self.device, self.padding = model, device, padding
-        self.captures = 0
-        self.seconds = 0.0
-        self.replays = 0
-        self._graphs: dict[int, tuple[StaticInputs, Graph]] = {}
-
-    def capture(
+    def __init__(
         self,
-        plan: GraphPlan,
+        model: CausalLM,
+        device: Device,
+        padding: Padding,
         *,
         max_model_len: int,
         block_size: int,
         layers: list[KVPages | LinearState],
         rope: bool,
-        progress: Progress | None = None,
     ) -> None:
-        """Capture every bucket of the plan, the largest first: smaller ones find its working memory in the pool."""
-        began, pool, width = time.perf_counter(), self.device.graph_pool(), -(-max_model_len // block_size)
-        for i, bucket in enumerate(reversed(plan.batch_buckets)):
-            if progress is not None:
-                progress(f"capturing graphs: batch {bucket}", i / len(plan.batch_buckets))
-            inputs = StaticInputs(bucket, width, block_size, layers, self.device, rope)
-            inputs.fill(self.padding.rows(bucket))
-            self._graphs[bucket] = inputs, self.device.capture(partial(self._forward, inputs), pool)
-            self.captures += 1
+        self.model, self.device, self.padding = model, device, padding
+        self.captures = 0
+        self.seconds = 0.0
+        self.replays = 0
+        width = -(-max_model_len // block_size)
+        self._inputs = partial(
+            StaticInputs, width=width, block_size=block_size, layers=layers, device=device, rope=rope
+        )
+        self._pool = device.graph_pool()
+        self._graphs: dict[int, tuple[StaticInputs, Graph]] = {}
+
+    def capture(self, bucket: int) -> None:
+        """Make the graph of one bucket, over padded rows."""
+        began = time.perf_counter()
+        inputs = self._inputs(bucket)
+        inputs.fill(self.padding.rows(bucket))
+        self._graphs[bucket] = inputs, self.device.capture(partial(self._forward, inputs), self._pool)
+        self.captures += 1
         self.device.synchronize()
-        self.seconds = time.perf_counter() - began
+        self.seconds += time.perf_counter() - began
 
     def _forward(self, inputs: StaticInputs) -> Decoded:
         logits = self.model.compute_logits(self.model(inputs.batch))

@@ -22,6 +22,7 @@ from surefoot.core.outputs import Completion, RequestOutput, TokenLogprob
 from surefoot.core.request import Request
 from surefoot.core.sampling import SamplingParams
 from surefoot.engine.outputs import Accumulator, OutputProcessor
+from surefoot.engine.postponed import Postponed
 from surefoot.engine.runner import Runner, StepResult
 from surefoot.engine.sampler import check_token_ids
 from surefoot.engine.scheduler import Schedule, Scheduled, Scheduler
@@ -55,9 +56,12 @@ class Engine:
         info: EngineInfo,
         tokenizer: Tokenizer | None = None,
         eos_token_ids: frozenset[int] = frozenset(),
+        postponed: Postponed | None = None,
     ):
         self.runner, self.scheduler, self.config, self._info = runner, scheduler, config, info
         self.tokenizer, self.eos_token_ids = tokenizer, eos_token_ids
+        self.postponed = postponed or Postponed()
+        self._began = False
         self._live: dict[str, _Live] = {}
         self._ended: list[RequestOutput] = []
         self._ids = itertools.count()
@@ -67,11 +71,16 @@ class Engine:
         model_ref: str,
         config: EngineConfig | None = None,
         progress: Progress | None = None,
+        lazy: bool = False,
     ) -> Engine:
-        """An engine for a model reference (folder, canary-..., hf:..., modelscope:...)."""
+        """An engine for a model reference (folder, canary-..., hf:..., modelscope:...).
+
+        lazy: on a CPU, be ready for the first token as soon as possible. The weights are then moved into memory of
+        their own by the steps after it, which take longer, or by `settle`; results are the same, bit by bit.
+        """
         from surefoot.engine.load import load_engine
 
-        return load_engine(model_ref, config or EngineConfig(), progress)
+        return load_engine(model_ref, config or EngineConfig(), progress, lazy=lazy)
 
     @property
     def model(self):
@@ -134,10 +143,13 @@ class Engine:
 
         A forward pass that fails raises `StepError`: its requests are over, and the next step serves the others.
         """
+        if self._began:
+            self.postponed.advance()
         outputs, self._ended = self._ended, []
         schedule = self.scheduler.schedule()
         if not schedule.items:
             return outputs
+        self._began = True
         try:
             result = self.runner.run(schedule)
         except BaseException as error:
@@ -224,6 +236,10 @@ class Engine:
                 if output.finished:
                     waiting.discard(output.request_id)
         return [_join(self._live.pop(i).logits) for i in ids]
+
+    def settle(self, progress: Progress | None = None) -> None:
+        """Finish what a lazy load left for later, before times are measured."""
+        self.postponed.finish(progress)
 
     def stats(self) -> dict[str, int]:
         return self.scheduler.stats()

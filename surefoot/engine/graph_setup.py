@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -13,6 +14,7 @@ from surefoot.device import Device
 from surefoot.engine.decode_graphs import DecodeGraphs, static_bytes
 from surefoot.engine.graphs import GraphPlan, plan_graphs
 from surefoot.engine.padding import Padding
+from surefoot.engine.postponed import Postponable
 from surefoot.engine.runner import Runner
 from surefoot.models.base import CausalLM
 
@@ -48,10 +50,8 @@ def plan_for(model: CausalLM, config: EngineConfig, device: Device, dtype: torch
     )
 
 
-def install(
-    runner: Runner, plan: GraphPlan, device: Device, max_model_len: int, progress: Progress | None
-) -> list[str]:
-    """Give the runner its padding and its graphs; returns the notes for the user."""
+def install(runner: Runner, plan: GraphPlan, device: Device, max_model_len: int) -> list[str]:
+    """Give the runner its padding, and its graphs yet to be captured; returns the notes for the user."""
     padding = Padding(plan, runner.block_size)
     runner.padding = padding
     notes = []
@@ -61,28 +61,51 @@ def install(
         notes.append(f"decode steps are padded to batches of {_sizes(plan.batch_buckets)}, and run eagerly")
     if plan.token_buckets:
         notes.append(f"steps that prefill are padded to {_sizes(plan.token_buckets)} tokens")
-    if plan.mode == "off":
-        return notes
-    if progress is not None:
-        progress(plan.line, 0.0)
-    free = device.memory()[0]
-    graphs = DecodeGraphs(runner.model, device, padding)
-    with ops.use(runner.ops_policy), torch.inference_mode():
-        graphs.capture(
-            plan,
+    if plan.mode != "off":
+        runner.graphs = DecodeGraphs(
+            runner.model,
+            device,
+            padding,
             max_model_len=max_model_len,
             block_size=runner.block_size,
             layers=runner.layers,
             rope=runner.length_dependent_rope,
-            progress=progress,
         )
-    runner.graphs = graphs
-    took = max(0, free - device.memory()[0])
-    notes.append(
-        f"{graphs.captures} graphs captured in {graphs.seconds:.1f} s, {took / 2**20:.0f} MiB, "
-        f"for batches of {_sizes(plan.batch_buckets)}: {plan.why}"
-    )
     return notes
+
+
+def capture(runner: Runner, plan: GraphPlan, device: Device, progress: Progress | None) -> list[str]:
+    """Capture every bucket of the plan, the largest first: smaller ones find its working memory in the pool."""
+    if runner.graphs is None:
+        return []
+    if progress is not None:
+        progress(plan.line, 0.0)
+    free = device.memory()[0]
+    for i, bucket in enumerate(reversed(plan.batch_buckets)):
+        if progress is not None:
+            progress(f"capturing graphs: batch {bucket}", i / len(plan.batch_buckets))
+        capture_bucket(runner, bucket)
+    took = max(0, free - device.memory()[0])
+    return [
+        f"{runner.graphs.captures} graphs captured in {runner.graphs.seconds:.1f} s, {took / 2**20:.0f} MiB, "
+        f"for batches of {_sizes(plan.batch_buckets)}: {plan.why}"
+    ]
+
+
+def capture_bucket(runner: Runner, bucket: int) -> None:
+    assert runner.graphs is not None
+    with ops.use(runner.ops_policy), torch.inference_mode():
+        runner.graphs.capture(bucket)
+
+
+def capture_later(runner: Runner, plan: GraphPlan) -> tuple[list[Postponable], list[str]]:
+    """The captures as pieces of work for later, the smallest first, and the notes for the user."""
+    if runner.graphs is None:
+        return [], []
+    pieces: list[Postponable] = [
+        (f"capturing graphs: batch {bucket}", partial(capture_bucket, runner, bucket)) for bucket in plan.batch_buckets
+    ]
+    return pieces, [f"graphs for batches of {_sizes(plan.batch_buckets)} come after the first steps: {plan.why}"]
 
 
 def _sizes(buckets: tuple[int, ...]) -> str:

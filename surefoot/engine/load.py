@@ -20,6 +20,7 @@ from surefoot.engine import graph_setup, quantised
 from surefoot.engine.engine import Engine
 from surefoot.engine.graphs import GraphPlan
 from surefoot.engine.padding import num_dummy_blocks
+from surefoot.engine.postponed import Postponable, Postponed
 from surefoot.engine.runner import Runner
 from surefoot.engine.scheduler import Scheduler
 from surefoot.models.base import CausalLM
@@ -39,15 +40,19 @@ TINY_PARAMETERS = 16_000_000
 
 
 def load_engine(
-    model_ref: str, config: EngineConfig, progress: Progress | None = None, device: Device | None = None
+    model_ref: str,
+    config: EngineConfig,
+    progress: Progress | None = None,
+    device: Device | None = None,
+    lazy: bool = False,
 ) -> Engine:
     """See `Engine.load`. `device`: one that is at hand already, in place of config.device."""
     device = device or get_device(config.device)
     with device.loading(), collector.paused():
-        return _load(model_ref, config, progress, device)
+        return _load(model_ref, config, progress, device, lazy and device.type == "cpu")
 
 
-def _load(model_ref: str, config: EngineConfig, progress: Progress | None, device: Device) -> Engine:
+def _load(model_ref: str, config: EngineConfig, progress: Progress | None, device: Device, lazy: bool) -> Engine:
     scheme = quantised.scheme_of(config)
     folder = resolve(model_ref, progress=progress)
     checkpoint = Checkpoint(folder)
@@ -61,14 +66,16 @@ def _load(model_ref: str, config: EngineConfig, progress: Progress | None, devic
         report = random_weights(model, config.random_weights, device.torch_device, dtype, progress, converter)
         notes.append(f"random weights, seed {config.random_weights}: the text is meaningless")
     else:
-        report = load_weights(model, checkpoint, device.torch_device, dtype, progress, converter)
+        report = load_weights(model, checkpoint, device.torch_device, dtype, progress, converter, lazy)
     # Not beside the reading: both map memory, and each waits for the other's page faults (measured: 1.6 s, not 1.2 s).
     tokenizer = Tokenizer.try_load(folder)
+    report.mapped.wait(progress)
     if tokenizer is None:
         notes.append("no tokenizer in the model folder: token ids only")
     block_size = choose_block_size(config, device)
     graphs = graph_setup.plan_for(model, config, device, dtype, block_size)
-    cache = plan_cache(model, config, device, dtype, block_size, graphs)
+    moving = report.unmoved
+    cache = plan_cache(model, config, device, dtype, block_size, graphs, sum(piece.nbytes for piece in moving))
     runner = Runner(
         model,
         cache,
@@ -78,14 +85,21 @@ def _load(model_ref: str, config: EngineConfig, progress: Progress | None, devic
         ops_policy=config.ops,
         check=report.mapped.check,
     )
-    notes += graph_setup.install(runner, graphs, device, cache.max_model_len, progress)
+    postponed: list[Postponable] = [("moving weights into memory", piece.move) for piece in moving]
+    notes += graph_setup.install(runner, graphs, device, cache.max_model_len)
+    if lazy:
+        captures, why = graph_setup.capture_later(runner, graphs)
+        postponed += captures
+        notes += why
+    else:
+        notes += graph_setup.capture(runner, graphs, device, progress)
     scheduler, caching = make_scheduler(model, cache, config, block_size)
     info = describe(model_ref, model, device, dtype, report, cache, config, block_size, caching, notes + cache.notes)
     info.graph, info.batch_buckets, info.token_buckets = graphs.mode, graphs.batch_buckets, graphs.token_buckets
     info.num_parameters, info.quant = num_parameters, quantised.describe(model, converter)
     info.weights_digest = fingerprint(checkpoint) if config.random_weights is None else None
     eos = tokenizer.eos_token_ids if tokenizer is not None else eos_of(checkpoint.config)
-    return Engine(runner, scheduler, config, info, tokenizer, eos)
+    return Engine(runner, scheduler, config, info, tokenizer, eos, Postponed(postponed))
 
 
 def set_threads(num_parameters: int, config: EngineConfig, device: Device) -> None:
@@ -122,9 +136,16 @@ def choose_block_size(config: EngineConfig, device: Device) -> int:
 
 
 def plan_cache(
-    model: CausalLM, config: EngineConfig, device: Device, dtype: torch.dtype, block_size: int, graphs: GraphPlan
+    model: CausalLM,
+    config: EngineConfig,
+    device: Device,
+    dtype: torch.dtype,
+    block_size: int,
+    graphs: GraphPlan,
+    unmoved_bytes: int = 0,
 ) -> CachePlan:
-    free = device.memory()[0] - graphs.memory_bytes
+    """unmoved_bytes: of weights that will still want memory of their own."""
+    free = device.memory()[0] - graphs.memory_bytes - unmoved_bytes
     checkpoints = config.num_state_checkpoints if config.enable_prefix_caching else 0
     return plan(
         model.state_specs(),

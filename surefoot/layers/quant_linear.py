@@ -6,7 +6,8 @@ the layout that the ops take; `finalize` turns the first into the second, in pla
     weight         [out, in] int8                   weight_scale  [out] fp32
     weight_packed  [out, in / 8] int32 (int4)       weight_scale  [out, in / group_size], as stored
 
-On a CPU with the C++ kernels `finalize` also packs them into panels, in place; `rows` gives them back as stored.
+On a CPU with the C++ kernels `finalize` also packs them into panels, in place, unless they still lie in a mapped file
+(`in_file`, see weights/moving.py); `rows` gives them back as stored.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.group_size = scheme.group_size or in_features
         self.bias = bias
-        self.layout = "rows"
+        self.layout, self.in_file = "rows", False
 
     def hold(self, **tensors: torch.Tensor) -> QuantLinear:
         for name, tensor in tensors.items():
@@ -66,7 +67,7 @@ class QuantLinear(nn.Module):
             if packed is not None:
                 self.hold(weight=unpack_int8(packed.data, self.in_features))
             self.weight_scale.data = self.weight_scale.data.view(-1)
-        if self.layout == "rows" and pack_(self.stored, self.weight_scale):
+        if self.layout == "rows" and not self.in_file and pack_(self.stored, self.weight_scale):
             self.layout = "panels"
 
     @property

@@ -21,6 +21,7 @@ from surefoot.core.config import EngineInfo
 from surefoot.core.errors import StepError, SurefootError
 from surefoot.core.outputs import RequestOutput
 from surefoot.core.sampling import SamplingParams
+from surefoot.engine.postponed import Postponed
 from surefoot.serve.errors import ApiError, ClientGoneError, EngineDeadError, OverloadedError, StepFailedError
 
 log = logging.getLogger("surefoot.serve")
@@ -42,6 +43,8 @@ class EngineLike(Protocol):
         self, prompt_token_ids: list[int], params: SamplingParams, request_id: str | None = None
     ) -> str: ...
     def cancel(self, request_id: str) -> None: ...
+    @property
+    def postponed(self) -> Postponed: ...
     def has_unfinished(self) -> bool: ...
     def step(self) -> list[RequestOutput]: ...
     def stats(self) -> dict[str, Any]: ...
@@ -205,9 +208,11 @@ class EngineWorker:
         self.engine = engine
         self._loaded.set_result(engine)
         try:
-            while self._drain_inbox(block=not engine.has_unfinished()):
+            while self._drain_inbox(block=not (engine.has_unfinished() or engine.postponed)):
                 if engine.has_unfinished():
                     self._step()
+                elif engine.postponed:
+                    engine.postponed.advance()
         except BaseException as error:
             self.error = error
             log.error("the inference thread ended", exc_info=error)

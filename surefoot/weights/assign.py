@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from surefoot.weights.mapped import MappedFiles
+from surefoot.weights.moving import Piece
 
 Progress = Callable[[str, "float | None"], None]  # (what is being done, fraction of it done or None)
 
@@ -18,7 +19,7 @@ Progress = Callable[[str, "float | None"], None]  # (what is being done, fractio
 class LoadReport:
     """What was loaded. bytes: as held by the model, tied tensors once; ignored: tensors left out, by pattern.
 
-    mapped: what was left in its file.
+    mapped: what was left in its file; unmoved: what of that is to be moved into memory.
     """
 
     used: int = 0
@@ -26,6 +27,7 @@ class LoadReport:
     seconds: float = 0.0
     ignored: dict[str, int] = field(default_factory=dict)
     mapped: MappedFiles = field(default_factory=MappedFiles)
+    unmoved: list[Piece] = field(default_factory=list)
 
 
 class Converter(Protocol):

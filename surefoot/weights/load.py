@@ -6,7 +6,8 @@ persistent buffer of the model is filled, shapes agree; otherwise one error list
 Memory: parameters are ordinary memory in the dtype they are held in, read straight from the file by all threads; where
 the dtype differs, through a small buffer of each thread's, onto another device through one of 16 MB. The peak is the
 weights as held plus the buffers. A `Converter` takes weights row by row to hold them quantised; the peak is then the
-quantised weights plus some buffers. An embedding on a CPU stays in its file (mapped.py).
+quantised weights plus some buffers. An embedding on a CPU stays in its file (mapped.py), other weights, if wanted, for
+the beginning (moving.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import nn
 
 from surefoot.core.errors import ModelError
 from surefoot.device import hugepages
+from surefoot.weights import mapped, moving
 from surefoot.weights.assign import (
     CONVERT_BYTES,
     Converter,
@@ -67,8 +69,12 @@ def load_weights(
     dtype: torch.dtype,
     progress: Progress | None = None,
     converter: Converter | None = None,
+    lazy: bool = False,
 ) -> LoadReport:
-    """Fill `model` from `checkpoint`. `dtype` is the default; `model.param_dtype` may hold some tensors otherwise."""
+    """Fill `model` from `checkpoint`. `dtype` is the default; `model.param_dtype` may hold some tensors otherwise.
+
+    lazy: on a CPU, leave in their files what can be used there; `report.unmoved` is then to be moved into memory.
+    """
     started = time.monotonic()
     plan = match(model, checkpoint)
     report = LoadReport(used=len(plan.targets()), ignored=plan.ignored)
@@ -76,12 +82,11 @@ def load_weights(
     plain = {source: name for source, name in plan.sources.items() if name not in converted}
     on_cpu = torch.device(device).type == "cpu"
     held = _held(model, plain, checkpoint, dtype)
-    mapped: dict[str, torch.Tensor] = {}
-    for source, name in plain.items() if on_cpu else ():
-        info = checkpoint.info(source)
-        if held[source] == info.dtype and _looked_up(model, name, converted) and report.mapped.takes(info):
-            mapped[source] = report.mapped.map(info)
-    tensors = {s: hugepages.empty(checkpoint.info(s).shape, d, device) for s, d in held.items() if s not in mapped}
+    left = _left(model, plain, checkpoint, held, converted, lazy) if on_cpu else {}
+    infos = {source: checkpoint.info(source) for source in left}
+    there = {source: report.mapped.map(infos[source]) for source, move in left.items() if not move}
+    there |= report.mapped.map_all({source: infos[source] for source, move in left.items() if move})
+    tensors = {s: hugepages.empty(checkpoint.info(s).shape, d, device) for s, d in held.items() if s not in left}
     count = _counter(sum(checkpoint.info(source).nbytes for source in (*tensors, *converted.values())), progress)
     with workers() as pool:
         jobs = _reading(pool, checkpoint, tensors) if on_cpu else {}
@@ -94,7 +99,7 @@ def load_weights(
         for future in as_completed([*jobs, *layers]):
             future.result()
             count(jobs[future] if future in jobs else checkpoint.info(converted[layers[future]]).nbytes)
-    for source, tensor in {**mapped, **tensors}.items():
+    for source, tensor in {**there, **tensors}.items():
         place(model, plain[source], tensor)
         report.bytes += tensor.nbytes
     for alias, name in plan.aliases.items():
@@ -104,6 +109,7 @@ def load_weights(
         assert converter is not None
         report.bytes += place_converted(model, converter, name, future.result())
     tie(model)
+    report.unmoved = moving.hold_back(model, {plain[source] for source, move in left.items() if move})
     model.finalize()
     report.seconds = time.monotonic() - started
     return report
@@ -145,6 +151,29 @@ def _held(model: Any, plain: dict[str, str], checkpoint: Checkpoint, dtype: torc
         for source, info in checkpoint.names().items()
         if source in plain
     }
+
+
+def _left(
+    model: Any,
+    plain: dict[str, str],
+    checkpoint: Checkpoint,
+    held: dict[str, torch.dtype],
+    converted: Collection[str],
+    lazy: bool,
+) -> dict[str, bool]:
+    """Tensors that can be used as they lie in their file, and whether to move them into memory afterwards."""
+    found: dict[str, bool] = {}
+    for source, dtype in held.items():
+        name, info = plain[source], checkpoint.info(source)
+        if dtype != info.dtype or not mapped.can_map(info):
+            continue
+        if _looked_up(model, name, converted):
+            if info.nbytes >= mapped.MIN_BYTES:
+                found[source] = False
+        elif lazy and info.nbytes >= moving.MIN_BYTES:
+            found[source] = True
+    total = sum(checkpoint.info(source).nbytes for source, move in found.items() if move)
+    return {source: move for source, move in found.items() if not move or total >= moving.LEAST}
 
 
 def _looked_up(model: Any, name: str, converted: Collection[str]) -> bool:
