@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 from surefoot.core.errors import InputError
 from surefoot.core.outputs import RequestOutput, TokenLogprob
+from surefoot.engine.postponed import Postponed
 
 
 class FakeTokenizer:
@@ -54,7 +55,7 @@ class FakeEngine:
     def generate(self, prompts, params):
         return []
 
-    postponed = ()  # nothing was left for later
+    postponed = Postponed()
 
     def has_unfinished(self):
         return bool(self.running)

@@ -17,6 +17,7 @@ from surefoot.core.config import EngineInfo
 from surefoot.core.errors import CapacityError, InputError, StepError
 from surefoot.core.outputs import RequestOutput, TokenLogprob
 from surefoot.core.sampling import SamplingParams
+from surefoot.engine.postponed import Postponed
 
 SPECIALS = ("<bos>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>")
 BOS, EOS = 256, 257
@@ -143,7 +144,7 @@ class FakeEngine:
         del self.running[request_id]
         self._ended.append(RequestOutput(request_id, finished=True, finish_reason="abort"))
 
-    postponed = ()  # nothing was left for later
+    postponed = Postponed()
 
     def has_unfinished(self) -> bool:
         return bool(self.running or self._ended)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,21 @@ def test_capturing_does_not_import_torchs_compiler():
         "raise SystemExit('torch._dynamo' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_pieces_are_done_while_somebody_waits():
+    done: list[int] = []
+    postponed = Postponed([(str(i), lambda i=i: done.append(i)) for i in range(5)])
+    with postponed.meanwhile():
+        while postponed:
+            time.sleep(0.001)
+    assert done == [0, 1, 2, 3, 4] and postponed.seconds > 0
+
+    def fails() -> None:
+        raise MemoryError
+
+    broken = Postponed([("x", fails)])
+    with broken.meanwhile():
+        time.sleep(0.01)
+    with pytest.raises(MemoryError):
+        broken.finish()

@@ -64,7 +64,7 @@ def run(
         if prompt is not None:
             raise InputError("give either a PROMPT or --prompts FILE, not both")
         job = batch.read(prompts, params, output)
-        batch.run(load_engine(model, config, lazy=True), job, style)
+        batch.run(load_engine(model, config), job, style)
         return
     if output is not None:
         raise InputError("-o belongs to --prompts FILE; one answer goes to stdout")

@@ -1,22 +1,29 @@
 """What loading an engine left for later, so that its first token comes soon: weights still to be moved into memory of
-their own, graphs still to be captured. Each step but the first does a piece of it, and so does an idle server.
+their own, graphs still to be captured. Each step but the first does a piece of it, and so does whoever has to wait.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 Progress = Callable[[str, float | None], None]
 Postponable = tuple[str, Callable[[], object]]  # what it is called, and the work
 
 
 class Postponed:
-    """Pieces of work in their order, with what each is called; true while some are left. One thread owns it."""
+    """Pieces of work in their order; true while some are left. `seconds`: spent on them so far.
+
+    Whoever may call the engine may call this, and nobody else meanwhile.
+    """
 
     def __init__(self, pieces: Iterable[Postponable] = ()) -> None:
         self._pieces = deque(pieces)
         self._total = len(self._pieces)
+        self.seconds = 0.0
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
@@ -24,11 +31,33 @@ class Postponed:
     def advance(self) -> None:
         """Do the next piece. One that fails stays, and is done anew the next time."""
         if self._pieces:
-            self._pieces[0][1]()
-            self._pieces.popleft()
+            began = time.perf_counter()
+            try:
+                self._pieces[0][1]()
+                self._pieces.popleft()
+            finally:
+                self.seconds += time.perf_counter() - began
 
     def finish(self, progress: Progress | None = None) -> None:
         while self._pieces:
             if progress is not None:
                 progress(self._pieces[0][0], 1 - len(self._pieces) / self._total)
             self.advance()
+
+    @contextlib.contextmanager
+    def meanwhile(self) -> Iterator[None]:
+        """Go on while the block waits for something, such as a user who types; ends at most a piece after the block."""
+        over = threading.Event()
+
+        def work() -> None:
+            with contextlib.suppress(Exception):  # it stays, and the next step meets it
+                while self._pieces and not over.is_set():
+                    self.advance()
+
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        try:
+            yield
+        finally:
+            over.set()
+            worker.join()

@@ -58,6 +58,7 @@ class Answer:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    postponed_s: float = 0.0
     finish_reason: str | None = None
     started: float = 0.0
     first: float | None = None
@@ -130,6 +131,7 @@ def stream(
 ) -> Answer:
     """Run one request to its end, writing its text as it becomes final; `stopped` is asked between steps."""
     answer = Answer(num_prompt_tokens=len(token_ids), started=time.monotonic())
+    before = engine.postponed.seconds
     request_id = engine.add_request(token_ids, params)
     while answer.finish_reason is None:
         if stopped():
@@ -143,6 +145,7 @@ def stream(
                     write(output.text)
     while engine.has_unfinished():  # a cancelled request leaves within a step
         engine.step()
+    answer.postponed_s = engine.postponed.seconds - before
     return answer
 
 
@@ -174,6 +177,8 @@ def summary(engine: Engine, answer: Answer, template: str) -> str:
     """The figures: tokens and why they ended, time to first token, decode speed, device, scheme and dtype, template."""
     speed = answer.decode_tokens_per_s
     decode = "decode -" if speed is None else f"decode {speed:.1f} tok/s = (n - 1) / (last - first token)"
+    if speed is not None and answer.postponed_s > 0.05:
+        decode += f", while weights moved into memory for {answer.postponed_s:.1f} s"
     ttft = "-" if answer.ttft_s is None else f"{answer.ttft_s:.3f} s"
     cached = f", {answer.num_cached_tokens} cached" if answer.num_cached_tokens else ""
     parts = [

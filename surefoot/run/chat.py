@@ -29,7 +29,8 @@ def run(engine: Engine, params: SamplingParams, style: ask.Style, read: Callable
     turns: list[dict[str, Any]] = []
     while True:
         try:
-            line = read("> ").strip()
+            with engine.postponed.meanwhile() if engine.postponed else contextlib.nullcontext():
+                line = read("> ").strip()
         except EOFError:
             print(file=sys.stderr)
             return
