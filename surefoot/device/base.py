@@ -40,10 +40,11 @@ class Timer:
 
 class Device:
     """One device. `type` is "cpu", "cuda" or "npu"; `index` counts from 0; `capabilities` is the chip's row of data;
-    `notes` says what about it is not as one would expect. `graphs_on_request`: it captures, but only if asked to."""
+    `notes` says what about it is not as one would expect. `captures_on_use`: capturing a step computes it, too, so the
+    first step of a size is the capture and nothing is captured before."""
 
     type: str = "cpu"
-    graphs_on_request: bool = False
+    captures_on_use: bool = False
 
     def __init__(self, index: int = 0) -> None:
         self.index = index

@@ -23,7 +23,7 @@ _NO_LIMIT = 1 << 60
 
 class CpuDevice(Device):
     type = "cpu"
-    graphs_on_request = True
+    captures_on_use = True
 
     def name(self) -> str:
         try:
@@ -34,6 +34,9 @@ class CpuDevice(Device):
             match = None
         name = match.group(1).strip() if match else platform.processor() or platform.machine()
         return f"{name}, {os.cpu_count()} logical CPUs"
+
+    def no_graphs(self) -> str | None:
+        return None
 
     def capture(self, fn: Callable[[], Any], pool: Any = None) -> Graph:
         from surefoot.device.cpu_graphs import CpuGraph

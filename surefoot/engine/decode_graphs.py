@@ -9,7 +9,7 @@ graph's logits afterwards, like in an eager step.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +20,6 @@ from surefoot.core.batch import Batch, KVPages, LinearState
 from surefoot.device import Device
 from surefoot.device.graphs import Graph
 from surefoot.engine import sampler
-from surefoot.engine.padding import Padding
 from surefoot.engine.scheduler import Schedule, Scheduled
 from surefoot.models.base import CausalLM
 
@@ -98,20 +97,24 @@ class Decoded:
 
 
 class DecodeGraphs:
-    """All graphs of one engine. `captures` counts them as they are made; after loading it must not grow."""
+    """All graphs of one engine. `captures` counts them as they are made; after loading it must not grow.
+
+    on_use: buckets whose graph is made by the first step of that size, once `ready()`; this computes the step as well.
+    """
 
     def __init__(
         self,
         model: CausalLM,
         device: Device,
-        padding: Padding,
+        on_use: tuple[int, ...],
         *,
         max_model_len: int,
         block_size: int,
         layers: list[KVPages | LinearState],
         rope: bool,
     ) -> None:
-        self.model, self.device, self.padding = model, device, padding
+        self.model, self.device, self.on_use = model, device, on_use
+        self.ready: Callable[[], bool] = lambda: True
         self.captures = 0
         self.seconds = 0.0
         self.replays = 0
@@ -122,11 +125,11 @@ class DecodeGraphs:
         self._pool = device.graph_pool()
         self._graphs: dict[int, tuple[StaticInputs, Graph]] = {}
 
-    def capture(self, bucket: int) -> None:
-        """Make the graph of one bucket, over padded rows."""
+    def capture(self, bucket: int, items: Sequence[Scheduled]) -> None:
+        """Make the graph of one bucket, over these rows."""
         began = time.perf_counter()
         inputs = self._inputs(bucket)
-        inputs.fill(self.padding.rows(bucket))
+        inputs.fill(items)
         self._graphs[bucket] = inputs, self.device.capture(partial(self._forward, inputs), self._pool)
         self.captures += 1
         self.device.synchronize()
@@ -137,13 +140,16 @@ class DecodeGraphs:
         return Decoded(logits, sampler.sample(logits, sampler.SamplingBatch(inputs.bucket)).pack())
 
     def run(self, padded: Schedule) -> Decoded | None:
-        """Replay the graph of this step; None if there is none for it."""
-        if padded.num_decodes != len(padded.items):
+        """Replay the graph of this step, or make it where that computes the step; None if there is none for it."""
+        rows = len(padded.items)
+        if padded.num_decodes != rows or any(i.request.needs_prompt_logits for i in padded.items):
             return None
-        found = self._graphs.get(len(padded.items))
-        if found is None or any(i.request.needs_prompt_logits for i in padded.items):
+        if rows not in self._graphs and rows in self.on_use and self.ready():
+            self.capture(rows, padded.items)
+            return self._graphs[rows][1].output
+        if rows not in self._graphs:
             return None
-        inputs, graph = found
+        inputs, graph = self._graphs[rows]
         inputs.fill(padded.items)
         graph.replay()
         self.replays += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
@@ -12,9 +11,8 @@ from surefoot.cache.plan import kv_bytes_per_token
 from surefoot.core.config import EngineConfig
 from surefoot.device import Device
 from surefoot.engine.decode_graphs import DecodeGraphs, static_bytes
-from surefoot.engine.graphs import GraphPlan, plan_graphs
+from surefoot.engine.graphs import GraphPlan, default_buckets, exact_buckets, plan_graphs
 from surefoot.engine.padding import Padding
-from surefoot.engine.postponed import Postponable
 from surefoot.engine.runner import Runner
 from surefoot.models.base import CausalLM
 
@@ -42,11 +40,12 @@ def plan_for(model: CausalLM, config: EngineConfig, device: Device, dtype: torch
         most_rows = weights // (max_len * kv_all)
     return plan_graphs(
         config,
-        no_graphs=None if device.graphs_on_request and config.graph == "full" else device.no_graphs(),
+        no_graphs=device.no_graphs(),
         stream_limit=device.capabilities.graph_streams,
         free_bytes=device.memory()[0],
         bytes_for=bytes_for,
         most_rows=most_rows,
+        default=exact_buckets if device.captures_on_use else default_buckets,
     )
 
 
@@ -65,7 +64,7 @@ def install(runner: Runner, plan: GraphPlan, device: Device, max_model_len: int)
         runner.graphs = DecodeGraphs(
             runner.model,
             device,
-            padding,
+            plan.batch_buckets if device.captures_on_use else (),
             max_model_len=max_model_len,
             block_size=runner.block_size,
             layers=runner.layers,
@@ -76,7 +75,8 @@ def install(runner: Runner, plan: GraphPlan, device: Device, max_model_len: int)
 
 def capture(runner: Runner, plan: GraphPlan, device: Device, progress: Progress | None) -> list[str]:
     """Capture every bucket of the plan, the largest first: smaller ones find its working memory in the pool."""
-    if runner.graphs is None:
+    padding = runner.padding
+    if runner.graphs is None or padding is None or device.captures_on_use:
         return []
     if progress is not None:
         progress(plan.line, 0.0)
@@ -84,28 +84,13 @@ def capture(runner: Runner, plan: GraphPlan, device: Device, progress: Progress 
     for i, bucket in enumerate(reversed(plan.batch_buckets)):
         if progress is not None:
             progress(f"capturing graphs: batch {bucket}", i / len(plan.batch_buckets))
-        capture_bucket(runner, bucket)
+        with ops.use(runner.ops_policy), torch.inference_mode():
+            runner.graphs.capture(bucket, padding.rows(bucket))
     took = max(0, free - device.memory()[0])
     return [
         f"{runner.graphs.captures} graphs captured in {runner.graphs.seconds:.1f} s, {took / 2**20:.0f} MiB, "
         f"for batches of {_sizes(plan.batch_buckets)}: {plan.why}"
     ]
-
-
-def capture_bucket(runner: Runner, bucket: int) -> None:
-    assert runner.graphs is not None
-    with ops.use(runner.ops_policy), torch.inference_mode():
-        runner.graphs.capture(bucket)
-
-
-def capture_later(runner: Runner, plan: GraphPlan) -> tuple[list[Postponable], list[str]]:
-    """The captures as pieces of work for later, the smallest first, and the notes for the user."""
-    if runner.graphs is None:
-        return [], []
-    pieces: list[Postponable] = [
-        (f"capturing graphs: batch {bucket}", partial(capture_bucket, runner, bucket)) for bucket in plan.batch_buckets
-    ]
-    return pieces, [f"graphs for batches of {_sizes(plan.batch_buckets)} come after the first steps: {plan.why}"]
 
 
 def _sizes(buckets: tuple[int, ...]) -> str:

@@ -76,6 +76,12 @@ def default_buckets(max_num_seqs: int) -> tuple[int, ...]:
     return tuple(sorted({s for s in sizes if s < max_num_seqs} | {max_num_seqs}))
 
 
+def exact_buckets(max_num_seqs: int) -> tuple[int, ...]:
+    """Every size to 8, then steps of 4: for graphs that cost nothing until they are used."""
+    sizes = [*range(1, 9), *range(12, max_num_seqs + 1, 4)]
+    return tuple(sorted({s for s in sizes if s < max_num_seqs} | {max_num_seqs}))
+
+
 def plan_graphs(
     config: EngineConfig,
     *,
@@ -84,10 +90,12 @@ def plan_graphs(
     free_bytes: int,
     bytes_for: Callable[[tuple[int, ...]], int],
     most_rows: int | None = None,
+    default: Callable[[int], tuple[int, ...]] = default_buckets,
 ) -> GraphPlan:
     """The plan for these settings on a device. InputError where "full" was asked for and cannot be.
 
     no_graphs: why the device cannot capture, None if it can.  bytes_for(buckets): memory that their graphs need.
+    default: the buckets for a max_num_seqs where the settings name none.
     most_rows: where attention in a graph reads max_model_len for each row, the rows that cost no more than the weights.
     """
     tokens = config.token_buckets or ()
@@ -103,7 +111,7 @@ def plan_graphs(
         return eager("the reference ops read sequence lengths on the host")
     if no_graphs is not None:
         return eager(no_graphs)
-    buckets = config.batch_buckets or default_buckets(config.max_num_seqs)
+    buckets = config.batch_buckets or default(config.max_num_seqs)
     if stream_limit is not None and len(buckets) > stream_limit:
         if config.batch_buckets is not None:
             return eager(f"{len(buckets)} graphs need as many streams, the device has {stream_limit}: fewer buckets")

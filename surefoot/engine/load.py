@@ -20,7 +20,7 @@ from surefoot.engine import graph_setup, quantised
 from surefoot.engine.engine import Engine
 from surefoot.engine.graphs import GraphPlan
 from surefoot.engine.padding import num_dummy_blocks
-from surefoot.engine.postponed import Postponable, Postponed
+from surefoot.engine.postponed import Postponed
 from surefoot.engine.runner import Runner
 from surefoot.engine.scheduler import Scheduler
 from surefoot.models.base import CausalLM
@@ -85,21 +85,18 @@ def _load(model_ref: str, config: EngineConfig, progress: Progress | None, devic
         ops_policy=config.ops,
         check=report.mapped.check,
     )
-    postponed: list[Postponable] = [("moving weights into memory", piece.move) for piece in moving]
+    postponed = Postponed(("moving weights into memory", piece.move) for piece in moving)
     notes += graph_setup.install(runner, graphs, device, cache.max_model_len)
-    if lazy:
-        captures, why = graph_setup.capture_later(runner, graphs)
-        postponed += captures
-        notes += why
-    else:
-        notes += graph_setup.capture(runner, graphs, device, progress)
+    if runner.graphs is not None:
+        runner.graphs.ready = lambda: not postponed
+    notes += graph_setup.capture(runner, graphs, device, progress)
     scheduler, caching = make_scheduler(model, cache, config, block_size)
     info = describe(model_ref, model, device, dtype, report, cache, config, block_size, caching, notes + cache.notes)
     info.graph, info.batch_buckets, info.token_buckets = graphs.mode, graphs.batch_buckets, graphs.token_buckets
     info.num_parameters, info.quant = num_parameters, quantised.describe(model, converter)
     info.weights_digest = fingerprint(checkpoint) if config.random_weights is None else None
     eos = tokenizer.eos_token_ids if tokenizer is not None else eos_of(checkpoint.config)
-    return Engine(runner, scheduler, config, info, tokenizer, eos, Postponed(postponed))
+    return Engine(runner, scheduler, config, info, tokenizer, eos, postponed)
 
 
 def set_threads(num_parameters: int, config: EngineConfig, device: Device) -> None:

@@ -11,16 +11,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 Progress = Callable[[str, float | None], None]
-Postponable = tuple[str, Callable[[], object]]  # what it is called, and the work
 
 
 class Postponed:
-    """Pieces of work in their order; true while some are left. `seconds`: spent on them so far.
+    """Named pieces of work in their order; true while some are left. `seconds`: spent on them so far.
 
     Whoever may call the engine may call this, and nobody else meanwhile.
     """
 
-    def __init__(self, pieces: Iterable[Postponable] = ()) -> None:
+    def __init__(self, pieces: Iterable[tuple[str, Callable[[], object]]] = ()) -> None:
         self._pieces = deque(pieces)
         self._total = len(self._pieces)
         self.seconds = 0.0
