@@ -7,7 +7,7 @@ import torch
 
 from surefoot import canaries, ops
 from surefoot.core.config import EngineConfig
-from surefoot.core.errors import DeviceError
+from surefoot.core.errors import DeviceError, InputError
 from surefoot.core.sampling import SamplingParams
 from surefoot.device import get_device
 from surefoot.engine.engine import Engine
@@ -45,7 +45,8 @@ def test_a_replay_calls_no_module():
     engine, seen = load("canary-llama", dtype="float32", graph="full"), []
     engine.model.lm_head.register_forward_hook(lambda *_: seen.append(1))
     engine.generate([[5, 6, 7]], SamplingParams(max_tokens=9, ignore_eos=True))
-    assert len(seen) == 1 and engine.runner.graphs.replays == 8  # the prefill is eager
+    # The prefill is eager, and the first decode step is the capture.
+    assert len(seen) == 2 and engine.runner.graphs.replays == 7
 
 
 def test_replayed_results_lie_where_they_were():
@@ -69,6 +70,26 @@ def test_a_value_on_the_host_is_refused():
         get_device("cpu").capture(lambda: x * x.sum().item())
 
 
-def test_auto_stays_eager():
+def test_the_first_step_of_a_size_is_its_capture():
+    engine = load("canary-qwen3.5", dtype="float32", graph="full")
+    graphs = engine.runner.graphs
+    assert engine.info.batch_buckets == (1, 2, 3, 4, 5, 6) and graphs.captures == 0
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    first = [c.token_ids for c in engine.generate(PROMPTS[:3], params)]
+    assert graphs.captures == 1
+    assert [c.token_ids for c in engine.generate(PROMPTS[:3], params)] == first
+    assert graphs.captures == 1
+
+
+def test_auto_stays_eager_but_for_users():
+    assert Engine.load("canary-llama", EngineConfig(**BASE), lazy=True).info.graph == "full"
     engine = load("canary-llama", dtype="float32")
     assert engine.info.graph == "off" and engine.runner.graphs is None
+
+
+def test_without_kernels_there_is_nothing_to_record(monkeypatch):
+    """PyTorch's calls, one by one and with all their results kept, took ten times as long as the eager step."""
+    monkeypatch.setattr("surefoot.engine.graph_setup.kernels", None)
+    with pytest.raises(InputError, match="--graph full is not possible: without the C.. kernels"):
+        load("canary-llama", graph="full")
+    assert Engine.load("canary-llama", EngineConfig(**BASE), lazy=True).info.graph == "off"

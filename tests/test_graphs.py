@@ -91,7 +91,7 @@ def recheck(engine: Engine) -> None:
     graphs = engine.runner.graphs
     with torch.inference_mode():
         for bucket, (inputs, graph) in graphs._graphs.items():
-            inputs.fill(graphs.padding.rows(bucket))
+            inputs.fill(engine.runner.padding.rows(bucket))
             graph.recheck()
 
 

@@ -26,7 +26,8 @@ class EngineConfig:
     quant: quantise the weights while they stream in, by this scheme; a folder that is quantised already needs no flag.
     quant_group_size: inputs that share an int4 scale; None takes the scheme's own.
     quant_lm_head: quantise the output layer too, which is kept otherwise (faster decoding, larger errors).
-    graph: "full" captures a whole decode step per batch bucket or fails, "auto" does so where it can, "off" never.
+    graph: "full" captures a whole decode step per batch bucket or fails, "auto" does so where it can (on a CPU for
+      engines that serve users), "off" never.
     batch_buckets: sizes to which decode steps are padded; None leaves them to the graphs, and none without graphs.
     token_buckets: sizes to which steps that prefill are padded; None never pads them.
     """

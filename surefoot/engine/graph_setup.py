@@ -15,12 +15,23 @@ from surefoot.engine.graphs import GraphPlan, default_buckets, exact_buckets, pl
 from surefoot.engine.padding import Padding
 from surefoot.engine.runner import Runner
 from surefoot.models.base import CausalLM
+from surefoot.ops.cpu import kernels
 
 Progress = Callable[[str, float | None], None]
 
 
-def plan_for(model: CausalLM, config: EngineConfig, device: Device, dtype: torch.dtype, block_size: int) -> GraphPlan:
-    """The graphs of this model on this device. Comes before the cache is planned, which gets what they leave."""
+def plan_for(
+    model: CausalLM,
+    config: EngineConfig,
+    device: Device,
+    dtype: torch.dtype,
+    block_size: int,
+    lazy: bool = False,
+) -> GraphPlan:
+    """The graphs of this model on this device. Comes before the cache is planned, which gets what they leave.
+
+    lazy: the engine serves users, who hook and replace nothing: a CPU, too, has graphs without being asked.
+    """
     max_len = config.max_model_len or model.rotary.config.max_length
     width = -(-max_len // block_size)
     specs = model.state_specs()
@@ -40,13 +51,22 @@ def plan_for(model: CausalLM, config: EngineConfig, device: Device, dtype: torch
         most_rows = weights // (max_len * kv_all)
     return plan_graphs(
         config,
-        no_graphs=device.no_graphs(),
+        no_graphs=_no_graphs(device, lazy or config.graph == "full"),
         stream_limit=device.capabilities.graph_streams,
         free_bytes=device.memory()[0],
         bytes_for=bytes_for,
         most_rows=most_rows,
         default=exact_buckets if device.captures_on_use else default_buckets,
     )
+
+
+def _no_graphs(device: Device, wanted: bool) -> str | None:
+    """Why there are none; None if there are."""
+    if not device.captures_on_use:
+        return device.no_graphs()
+    if kernels is None:
+        return "without the C++ kernels a CPU repeats PyTorch's calls more slowly than it runs them"
+    return None if wanted else f"on a {device.type} they are for run and serve, or for --graph full"
 
 
 def install(runner: Runner, plan: GraphPlan, device: Device, max_model_len: int) -> list[str]:

@@ -73,7 +73,7 @@ def _load(model_ref: str, config: EngineConfig, progress: Progress | None, devic
     if tokenizer is None:
         notes.append("no tokenizer in the model folder: token ids only")
     block_size = choose_block_size(config, device)
-    graphs = graph_setup.plan_for(model, config, device, dtype, block_size)
+    graphs = graph_setup.plan_for(model, config, device, dtype, block_size, lazy)
     moving = report.unmoved
     cache = plan_cache(model, config, device, dtype, block_size, graphs, sum(piece.nbytes for piece in moving))
     runner = Runner(

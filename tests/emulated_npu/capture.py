@@ -312,6 +312,8 @@ class EmulatedGraph(Graph):
 class GraphCpu(CpuDevice):
     """The CPU with an emulated capture; `graphs` is every graph that was captured, `warmups` the runs before."""
 
+    captures_on_use = False  # as an NPU: before the first step
+
     def __init__(self, stream_limit: int | None = None) -> None:
         super().__init__()
         self.capabilities = replace(self.capabilities, graph="emulated", graph_streams=stream_limit)
