@@ -211,7 +211,18 @@ def test_attention_of_a_chunk_equals_that_of_the_whole(isa, dtype, shape):
     """Chunks of one to four tokens run on the decode kernel, and 512 is where its parts meet."""
     whole = attention_call([600], [600], dtype, *shape)
     expected = ops.paged_attention(**whole)
-    chunks = ((0, 64), (64, 67), (67, 199), (190, 200), (0, 1), (63, 64), (511, 512), (512, 513), (510, 514), (595, 600))
+    chunks = (
+        (0, 64),
+        (64, 67),
+        (67, 199),
+        (190, 200),
+        (0, 1),
+        (63, 64),
+        (511, 512),
+        (512, 513),
+        (510, 514),
+        (595, 600),
+    )
     for begin, end in (*chunks, (599, 600)):
         part = whole | {
             "q": whole["q"][begin:end],
@@ -224,7 +235,7 @@ def test_attention_of_a_chunk_equals_that_of_the_whole(isa, dtype, shape):
 
 
 def test_decode_attention_rounds_little_more_than_its_result(isa):
-    """Where weights of the softmax are bf16: against fp32, at most half as much error again as the result's rounding."""
+    """Where weights of the softmax are bf16: at most half as much error again, against fp32, as rounding makes."""
     call = attention_call([1, 1, 1], [100, 700, 2000], torch.bfloat16)
     exact = ops.paged_attention(**{k: v.float() if k in ("q", "k_cache", "v_cache") else v for k, v in call.items()})
     error = (ops.paged_attention(**call).float() - exact).square().mean().sqrt()
