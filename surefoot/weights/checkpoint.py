@@ -127,7 +127,7 @@ class Checkpoint:
                 return f"{message}, only {some([p.name for p in found], 2)}; {advice}"
         if (self.folder / "adapter_config.json").is_file():
             return f"{message} but a LoRA adapter; merge it into its base model first (peft: merge_and_unload)"
-        return f"{message}; copy the weights there, or use random weights (--random-weights SEED)"
+        return f"{message}; copy the weights there (run, serve and bench also take --random-weights SEED)"
 
     def info(self, name: str) -> TensorInfo:
         try:

@@ -275,9 +275,11 @@ def _refuse_dtypes(checkpoint: Checkpoint, pairs: dict[str, tuple[TensorInfo, to
         if info.dtype != slot.dtype and not (info.dtype in FLOATS and slot.is_floating_point())
     ]
     if bad:
+        hint = "use the BF16, F16 or F32 version of the model"
+        if "quantization_config" in checkpoint.config:
+            hint = "they are not as compressed-tensors writes them: quantise the model again (surefoot quantize)"
         raise ModelError(
-            f"{len(bad)} tensors in {checkpoint.folder} have a dtype that cannot be used here: {some(bad)}; "
-            "use the BF16, F16 or F32 version of the model"
+            f"{len(bad)} tensors in {checkpoint.folder} have a dtype that cannot be used here: {some(bad)}; {hint}"
         )
 
 
