@@ -132,7 +132,7 @@ def test_no_config(tmp_path):
 @pytest.mark.parametrize(
     ("file", "pattern"),
     [
-        (None, r"no \*\.safetensors file; copy the weights there .run, serve and bench also take --random-weights SEED"),
+        (None, r"no \*\.safetensors file; copy the weights there .run, serve and bench also take --random-weights"),
         ("pytorch_model.bin", r"only pytorch_model.bin; convert them"),
         ("m.gguf", r"only m.gguf; GGUF is not supported"),
         ("consolidated.00.pth", r"only consolidated.00.pth; get the model's Hugging Face"),
