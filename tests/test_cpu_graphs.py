@@ -81,10 +81,9 @@ def test_the_first_step_of_a_size_is_its_capture():
     assert graphs.captures == 2
 
 
-def test_auto_stays_eager_but_for_users():
-    assert Engine.load("canary-llama", EngineConfig(**BASE), lazy=True).info.graph == "full"
+def test_auto_captures():
     engine = load("canary-llama", dtype="float32")
-    assert engine.info.graph == "off" and engine.runner.graphs is None
+    assert engine.info.graph == "full" and engine.info.batch_buckets == (1, 2, 3, 4, 5, 6)
 
 
 def test_without_kernels_there_is_nothing_to_record(monkeypatch):
@@ -92,4 +91,4 @@ def test_without_kernels_there_is_nothing_to_record(monkeypatch):
     monkeypatch.setattr("surefoot.engine.graph_setup.kernels", None)
     with pytest.raises(InputError, match="--graph full is not possible: without the C.. kernels"):
         load("canary-llama", graph="full")
-    assert Engine.load("canary-llama", EngineConfig(**BASE), lazy=True).info.graph == "off"
+    assert load("canary-llama").info.graph == "off"

@@ -269,7 +269,7 @@ def _cache(model: Sketch, target: Target, question: Question, memory: int | None
         found = cache_plan(model, question.config, target.type, free, target.block_size)
     except CapacityError as error:
         return {"plan": None, "why": str(error), "largest_batch": batches}
-    usable = (found.num_blocks - 1) * target.block_size
+    usable = (found.num_blocks - found.num_dummy_blocks) * target.block_size
     return {"plan": asdict(found) | {"kv_cache_tokens": usable}, "largest_batch": batches}
 
 

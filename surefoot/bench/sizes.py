@@ -99,7 +99,7 @@ def capacity(info: dict[str, Any], lengths: list[int]) -> dict[str, Any] | None:
     """What the KV pages hold: tokens, and whole requests of each length (prompt plus output). None: not known."""
     if not info.get("num_blocks"):
         return None
-    pages, size = info["num_blocks"] - 1, info["block_size"]
+    pages, size = info["num_blocks"] - info.get("num_dummy_blocks", 1), info["block_size"]
     return {
         "kv_tokens": pages * size,
         "requests_of_length": {str(n): pages // -(-n // size) for n in sorted(set(lengths))},

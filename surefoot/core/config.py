@@ -26,8 +26,7 @@ class EngineConfig:
     quant: quantise the weights while they stream in, by this scheme; a folder that is quantised already needs no flag.
     quant_group_size: inputs that share an int4 scale; None takes the scheme's own.
     quant_lm_head: quantise the output layer too, which is kept otherwise (faster decoding, larger errors).
-    graph: "full" captures a whole decode step per batch bucket or fails, "auto" does so where it can (on a CPU for
-      engines that serve users), "off" never.
+    graph: "full" captures a whole decode step per batch bucket or fails, "auto" does so where it can, "off" never.
     batch_buckets: sizes to which decode steps are padded; None leaves them to the graphs, and none without graphs.
     token_buckets: sizes to which steps that prefill are padded; None never pads them.
     """
@@ -87,6 +86,7 @@ class EngineConfig:
 class EngineInfo:
     """What is in effect: enough that nobody has to read the code to know where a number came from.
 
+    num_blocks: KV pages, of which num_dummy_blocks belong to padded rows.
     graph: "full" or "off"; the notes say why and what it cost.  batch_buckets, token_buckets: empty means no padding.
     quant: scheme, group_size, source ("folder" or "on load"), number of layers, and what was excluded; empty without.
     weights_digest: of the checkpoint, as stored (`weights.fingerprint`); None for random weights.
@@ -107,6 +107,7 @@ class EngineInfo:
     kv_cache_bytes: int
     state_bytes: int
     prefix_caching: str
+    num_dummy_blocks: int = 1
     num_threads: int = 0
     graph: str = "off"
     batch_buckets: tuple[int, ...] = ()

@@ -35,6 +35,9 @@ class CpuDevice(Device):
         name = match.group(1).strip() if match else platform.processor() or platform.machine()
         return f"{name}, {os.cpu_count()} logical CPUs"
 
+    def no_graphs(self) -> str | None:
+        return None
+
     def capture(self, fn: Callable[[], Any], pool: Any = None) -> Graph:
         from surefoot.device.cpu_graphs import CpuGraph
 

@@ -20,18 +20,8 @@ from surefoot.ops.cpu import kernels
 Progress = Callable[[str, float | None], None]
 
 
-def plan_for(
-    model: CausalLM,
-    config: EngineConfig,
-    device: Device,
-    dtype: torch.dtype,
-    block_size: int,
-    lazy: bool = False,
-) -> GraphPlan:
-    """The graphs of this model on this device. Comes before the cache is planned, which gets what they leave.
-
-    lazy: the engine serves users, who hook and replace nothing: a CPU, too, has graphs without being asked.
-    """
+def plan_for(model: CausalLM, config: EngineConfig, device: Device, dtype: torch.dtype, block_size: int) -> GraphPlan:
+    """The graphs of this model on this device. Comes before the cache is planned, which gets what they leave."""
     max_len = config.max_model_len or model.rotary.config.max_length
     width = -(-max_len // block_size)
     specs = model.state_specs()
@@ -42,8 +32,10 @@ def plan_for(
 
     def bytes_for(buckets: tuple[int, ...]) -> int:
         kept = sum(static_bytes(b, width) + b * (model.vocab_size * dtype.itemsize + 4) for b in buckets)
-        working = 4 * (4 * model.hidden_size + 3 * widest) + (0 if own_attention else 2 * max_len * kv_layer)
-        return kept + max(buckets) * working
+        row = 4 * model.hidden_size + 3 * widest
+        if device.captures_on_use:  # every layer's results are held, there is no pool
+            return kept + sum(buckets) * len(specs) * row * dtype.itemsize
+        return kept + max(buckets) * (4 * row + (0 if own_attention else 2 * max_len * kv_layer))
 
     most_rows = None
     if not own_attention and kv_all:
@@ -51,7 +43,7 @@ def plan_for(
         most_rows = weights // (max_len * kv_all)
     return plan_graphs(
         config,
-        no_graphs=_no_graphs(device, lazy or config.graph == "full"),
+        no_graphs=_no_graphs(device),
         stream_limit=device.capabilities.graph_streams,
         free_bytes=device.memory()[0],
         bytes_for=bytes_for,
@@ -60,13 +52,11 @@ def plan_for(
     )
 
 
-def _no_graphs(device: Device, wanted: bool) -> str | None:
+def _no_graphs(device: Device) -> str | None:
     """Why there are none; None if there are."""
-    if not device.captures_on_use:
-        return device.no_graphs()
-    if kernels is None:
+    if device.captures_on_use and kernels is None:
         return "without the C++ kernels a CPU repeats PyTorch's calls more slowly than it runs them"
-    return None if wanted else f"on a {device.type} they are for run and serve, or for --graph full"
+    return device.no_graphs()
 
 
 def install(runner: Runner, plan: GraphPlan, device: Device, max_model_len: int) -> list[str]:

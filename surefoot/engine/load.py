@@ -73,7 +73,7 @@ def _load(model_ref: str, config: EngineConfig, progress: Progress | None, devic
     if tokenizer is None:
         notes.append("no tokenizer in the model folder: token ids only")
     block_size = choose_block_size(config, device)
-    graphs = graph_setup.plan_for(model, config, device, dtype, block_size, lazy)
+    graphs = graph_setup.plan_for(model, config, device, dtype, block_size)
     moving = report.unmoved
     cache = plan_cache(model, config, device, dtype, block_size, graphs, sum(piece.nbytes for piece in moving))
     runner = Runner(
@@ -214,6 +214,7 @@ def describe(
         max_num_batched_tokens=config.max_num_batched_tokens,
         block_size=block_size,
         num_blocks=cache.num_blocks,
+        num_dummy_blocks=cache.num_dummy_blocks,
         kv_cache_bytes=cache.kv_bytes,
         state_bytes=cache.state_bytes,
         prefix_caching=caching,
