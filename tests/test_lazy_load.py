@@ -63,7 +63,7 @@ def test_the_same_bits_before_while_and_after_weights_are_moved(canary, scheme, 
     assert seen(engine) == ready  # on its way
     assert engine.postponed
     engine.settle()
-    assert not engine.postponed and mappings() == before
+    assert not engine.postponed and mappings() == before and not engine.runner.check.__self__.files
     assert seen(engine) == ready and engine.runner.graphs.replays > 5
     if kernels and layers:
         assert "panels" in {layer.layout for layer in layers}
@@ -91,20 +91,21 @@ def test_what_must_be_converted_is_read_at_once():
     assert not engine.postponed or "moving" not in engine.postponed._pieces[0][0]
 
 
-def test_a_piece_that_fails_is_done_again():
-    done, fails = [], [True]
+def test_work_that_fails_is_given_up():
+    """The weights stay where they are, and the engine goes on."""
+    engine = load("canary-llama", dtype="bfloat16")
+    ready = seen(load("canary-llama", lazy=False, dtype="bfloat16"))
 
-    def piece() -> None:
-        if fails.pop() if fails else False:
-            raise MemoryError
-        done.append(1)
+    def fails() -> None:
+        raise RuntimeError("not enough memory: you tried to allocate\n64 MB")
 
-    postponed = Postponed([("a", piece), ("b", lambda: done.append(2))])
-    with pytest.raises(MemoryError):
-        postponed.advance()
-    told: list[str] = []
-    postponed.finish(lambda what, share: told.append(what))
-    assert done == [1, 2] and told == ["a", "b"] and not postponed
+    engine.postponed.advance()
+    engine.postponed._pieces.appendleft(("moving weights", fails))
+    with pytest.warns(
+        UserWarning, match="moving weights was given up .not enough memory: you tried to allocate.: steps"
+    ):
+        engine.settle()
+    assert not engine.postponed and seen(engine) == ready
 
 
 def test_an_idle_server_moves_the_rest():
@@ -122,10 +123,13 @@ def test_an_idle_server_moves_the_rest():
 
 
 def test_capturing_does_not_import_torchs_compiler():
-    """It takes a second, within the time to the first token."""
+    """It takes a second."""
     script = (
-        "import sys\nfrom surefoot.core.config import EngineConfig\nfrom surefoot.engine.engine import Engine\n"
-        "Engine.load('canary-llama', EngineConfig(graph='full', num_threads=1, kv_cache_tokens=256))\n"
+        "import sys\nfrom surefoot.core.config import EngineConfig\nfrom surefoot.core.sampling import SamplingParams\n"
+        "from surefoot.engine.engine import Engine\n"
+        "engine = Engine.load('canary-llama', EngineConfig(graph='full', num_threads=1, kv_cache_tokens=256))\n"
+        "engine.generate([[5, 6, 7]], SamplingParams(max_tokens=4, ignore_eos=True))\n"
+        "assert engine.runner.graphs.captures == 1\n"
         "raise SystemExit('torch._dynamo' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
@@ -138,12 +142,3 @@ def test_pieces_are_done_while_somebody_waits():
         while postponed:
             time.sleep(0.001)
     assert done == [0, 1, 2, 3, 4] and postponed.seconds > 0
-
-    def fails() -> None:
-        raise MemoryError
-
-    broken = Postponed([("x", fails)])
-    with broken.meanwhile():
-        time.sleep(0.01)
-    with pytest.raises(MemoryError):
-        broken.finish()

@@ -85,7 +85,8 @@ def _load(model_ref: str, config: EngineConfig, progress: Progress | None, devic
         ops_policy=config.ops,
         check=report.mapped.check,
     )
-    postponed = Postponed(("moving weights into memory", piece.move) for piece in moving)
+    work = [*(piece.move for piece in moving), *([report.mapped.moved] if moving else [])]
+    postponed = Postponed(("moving weights into memory", piece) for piece in work)
     notes += graph_setup.install(runner, graphs, device, cache.max_model_len)
     if runner.graphs is not None:
         runner.graphs.ready = lambda: not postponed

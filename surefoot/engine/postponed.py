@@ -7,8 +7,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+
+from surefoot.core.errors import first_line
 
 Progress = Callable[[str, float | None], None]
 
@@ -28,14 +31,18 @@ class Postponed:
         return bool(self._pieces)
 
     def advance(self) -> None:
-        """Do the next piece. One that fails stays, and is done anew the next time."""
-        if self._pieces:
-            began = time.perf_counter()
-            try:
-                self._pieces[0][1]()
-                self._pieces.popleft()
-            finally:
-                self.seconds += time.perf_counter() - began
+        """Do the next piece. If it fails (out of memory), the rest stays as it is, with a warning: slower, not wrong."""
+        if not self._pieces:
+            return
+        what, work = self._pieces[0]
+        began = time.perf_counter()
+        try:
+            work()
+            self._pieces.popleft()
+        except Exception as error:
+            self._pieces.clear()
+            warnings.warn(f"{what} was given up ({first_line(error)}): steps will take longer", stacklevel=2)
+        self.seconds += time.perf_counter() - began
 
     def finish(self, progress: Progress | None = None) -> None:
         while self._pieces:
@@ -49,9 +56,8 @@ class Postponed:
         over = threading.Event()
 
         def work() -> None:
-            with contextlib.suppress(Exception):  # it stays, and the next step meets it
-                while self._pieces and not over.is_set():
-                    self.advance()
+            while self._pieces and not over.is_set():
+                self.advance()
 
         worker = threading.Thread(target=work, daemon=True)
         worker.start()

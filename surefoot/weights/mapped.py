@@ -39,10 +39,12 @@ class MappedFiles:
     """The files that a model's tensors still lie in, open, with what they looked like when they were mapped."""
 
     files: dict[Path, tuple[int, os.stat_result]] = field(default_factory=dict)
+    _for_good: set[Path] = field(default_factory=set)
     _arrival: threading.Thread | None = None
 
     def map(self, info: TensorInfo) -> torch.Tensor:
-        """The tensor as it lies in its file. Writing to it makes private copies of the pages that are written."""
+        """The tensor as it lies in its file, where it stays. Writing to it makes private copies of the pages."""
+        self._for_good.add(info.file)
         return self._view(info, *self._pages([info]))
 
     def map_all(self, infos: dict[str, TensorInfo]) -> dict[str, torch.Tensor]:
@@ -59,6 +61,11 @@ class MappedFiles:
         self._arrival = threading.Thread(target=_touch, args=(mappings,), daemon=True)
         self._arrival.start()
         return tensors
+
+    def moved(self) -> None:
+        """Nothing of `map_all` is used any more: files that held nothing else may change now."""
+        for path in self.files.keys() - self._for_good:
+            del self.files[path]
 
     def wait(self, progress: Callable[[str, float | None], None] | None = None) -> None:
         """Until all pages of `map_all` are there: reading them in the order of the disk is faster than by faults."""
