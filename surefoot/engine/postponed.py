@@ -31,7 +31,7 @@ class Postponed:
         return bool(self._pieces)
 
     def advance(self) -> None:
-        """Do the next piece. If it fails (out of memory), the rest stays as it is, with a warning: slower, not wrong."""
+        """Do the next piece. If it fails (out of memory), the rest stays as it is, with a warning."""
         if not self._pieces:
             return
         what, work = self._pieces[0]
