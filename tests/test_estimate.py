@@ -254,7 +254,7 @@ def test_a_calibration_explains_the_probe_steps_it_was_made_from(measured):
     low, median, largest = variant.error["decode"]
     interval = rates.interval(cost, "decode")
     assert interval.low <= interval.expected <= interval.high
-    assert interval.high >= rates.raw(cost) * largest
+    assert interval.high >= rates.raw(cost, "decode") * largest
     assert 0 < low <= median <= largest
 
 

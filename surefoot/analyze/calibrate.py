@@ -78,6 +78,7 @@ def calibrate(settings: Settings, progress: Progress | None = None) -> Calibrati
         memory=device.memory()[1],
         bandwidth=(statistics.median(reads), reads[-1]),
         launch=_launch(device, settings),
+        replay=_replay(device, settings) if device.captures_on_use and cpu.kernels else None,
         variants={},
         versions=versions(),
         notes=_noise(reads),
@@ -127,16 +128,27 @@ def _read_rates(device: Device, settings: Settings) -> list[float]:
     return [data.nbytes / t for t in _seconds(device, data.sum, settings.repeats)]
 
 
-def _launch(device: Device, settings: Settings) -> float:
-    """Seconds from one start of a tiny op to the next."""
+TINY_CALLS = 100
+
+
+def _tiny_ops(device: Device) -> Callable[[], None]:
     x, weight = torch.ones(1, 8, device=device.torch_device), torch.ones(8, device=device.torch_device)
-    calls = 100
 
     def run() -> None:
-        for _ in range(calls):
+        for _ in range(TINY_CALLS):
             ops.rms_norm(x, weight, 1e-5)
 
-    return statistics.median(_seconds(device, run, settings.repeats)) / calls
+    return run
+
+
+def _launch(device: Device, settings: Settings) -> float:
+    """Seconds from one start of a tiny op to the next."""
+    return statistics.median(_seconds(device, _tiny_ops(device), settings.repeats)) / TINY_CALLS
+
+
+def _replay(device: Device, settings: Settings) -> float:
+    """The same where the ops were recorded and are repeated."""
+    return statistics.median(_seconds(device, device.capture(_tiny_ops(device)).replay, settings.repeats)) / TINY_CALLS
 
 
 LARGE = 128 << 20  # weights that one pass goes through: more than any cache holds
@@ -211,12 +223,21 @@ def _fit_engine(found: Calibration, name: str, device: Device, settings: Setting
         own = [(call, seconds) for call, seconds in calls if call.op == op]
         features = [(1.0, call.flops, call.bytes) for call, _ in own]
         variant.ops[op] = OpFit(*fit(features, [seconds for _, seconds in own]))
-    shapes = [(float(cost.calls.total()), float(cost.passed), float(cost.logits)) for _, cost, _ in walls]
-    left = [max(wall - cost.total(rates.seconds), 0.0) for _, cost, wall in walls]
-    variant.overhead = fit(shapes, left, weights=[1 / wall for _, _, wall in walls])
+    if found.replay is None:
+        variant.overhead = _overhead(rates, walls)
+    else:
+        variant.overhead = _overhead(rates, [wall for wall in walls if wall[0] == "prefill"])
+        variant.replayed = _overhead(rates, [wall for wall in walls if wall[0] == "decode"])
     for phase in ("prefill", "decode"):
-        ratios = sorted(wall / rates.raw(cost) for p, cost, wall in walls if p == phase)
+        ratios = sorted(wall / rates.raw(cost, phase) for p, cost, wall in walls if p == phase)
         variant.error[phase] = (ratios[0], statistics.median(ratios), ratios[-1])
+
+
+def _overhead(rates: CalibratedRates, walls: list[tuple[str, StepCost, float]]) -> tuple[float, float, float]:
+    """What a step takes beyond its ops: per op call, per element passed between layers, per logit."""
+    shapes = [(float(cost.calls.total()), float(cost.passed), float(cost.logits)) for _, cost, _ in walls]
+    left = [max(wall - rates.ops(cost, phase), 0.0) for phase, cost, wall in walls]
+    return fit(shapes, left, weights=[1 / wall for _, _, wall in walls])
 
 
 class _engine:

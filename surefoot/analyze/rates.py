@@ -99,6 +99,7 @@ class Variant:
     weights: elements that the linear ops of a step of the smallest probe model go through.
     best: FLOP/s and bytes/s of the linear ops of an engine step taken together, the highest that were seen.
     overhead: seconds of a step outside the ops: per op call, per element passed between layers, per logit.
+    replayed: the same of a decode step that is repeated from a record; None where none is.
     error: phase -> (least, median, largest) ratio of measured to expected seconds over the calibration's engine steps.
     """
 
@@ -108,6 +109,7 @@ class Variant:
     ops: dict[str, OpFit] = field(default_factory=dict)
     best: tuple[float, float] = (0.0, 0.0)
     overhead: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    replayed: tuple[float, float, float] | None = None
     error: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     def per_weight(self, rows: int, best: bool = False) -> float:
@@ -155,7 +157,10 @@ FAR_SMALLER = 4.0  # times fewer weights than the smallest probe model: another 
 
 @dataclass
 class Calibration:
-    """One device as measured: rates in bytes/s and FLOP/s, times in seconds. Saved as JSON by `analyze.calibrate`."""
+    """One device as measured: rates in bytes/s and FLOP/s, times in seconds. Saved as JSON by `analyze.calibrate`.
+
+    launch: from one start of a tiny op to the next.  replay: the same in a recorded step; None where none is recorded.
+    """
 
     device: str
     device_name: str
@@ -167,6 +172,7 @@ class Calibration:
     variants: dict[str, Variant]
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    replay: float | None = None
 
     def rates(self, variant: str) -> CalibratedRates | None:
         return CalibratedRates(self, self.variants[variant]) if variant in self.variants else None
@@ -216,6 +222,7 @@ def _variant(data: Mapping[str, Any]) -> Variant:
         ops={name: OpFit(**fit) for name, fit in data["ops"].items()},
         best=tuple(data.get("best", (0.0, 0.0))),
         overhead=tuple(data["overhead"]),
+        replayed=tuple(data["replayed"]) if data.get("replayed") else None,
         error={phase: tuple(ratios) for phase, ratios in data["error"].items()},
     )
 
@@ -229,7 +236,7 @@ class CalibratedRates:
 
     def interval(self, cost: StepCost, phase: str) -> Interval:
         low = lower_bound(cost, self._peak(), self.calibration.best_bandwidth())
-        raw = self.raw(cost)
+        raw = self.raw(cost, phase)
         if phase not in self.variant.error:
             return Interval(low, raw, raw * UNMEASURED_STRETCH)
         least, median, largest = self.variant.error[phase]
@@ -241,11 +248,20 @@ class CalibratedRates:
         expected = max(raw * median, low or 0.0)
         return Interval(min(low or expected, expected / shrink), expected, expected * stretch)
 
-    def raw(self, cost: StepCost) -> float:
+    def raw(self, cost: StepCost, phase: str) -> float:
         """Sum over op calls, and the overhead: before the correction by what the probe steps showed."""
-        per_call, per_passed, per_logit = self.variant.overhead
+        replayed = self.variant.replayed if phase == "decode" else None
+        per_call, per_passed, per_logit = replayed or self.variant.overhead
         overhead = per_call * cost.calls.total() + per_passed * cost.passed + per_logit * cost.logits
-        return cost.total(self.seconds) + overhead
+        return self.ops(cost, phase) + overhead
+
+    def ops(self, cost: StepCost, phase: str) -> float:
+        """Sum over op calls. Those of a recorded decode step are not looked up and started by the host one by one."""
+        replay = self.calibration.replay
+        if phase != "decode" or replay is None:
+            return cost.total(self.seconds)
+        host = max(0.0, self.calibration.launch - replay)
+        return cost.total(lambda call: max(replay, self.seconds(call) - host))
 
     def seconds(self, call: OpCall) -> float:
         if call.op_class == "linear" and self.variant.linear:

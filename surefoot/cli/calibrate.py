@@ -57,7 +57,8 @@ def calibrate(
         return
     print(f"{found.device_name}, {found.threads} threads")
     print(f"  read bandwidth   {amount(found.bandwidth[0], 'B/s')}, best {amount(found.bandwidth[1], 'B/s')}")
-    print(f"  start of an op   {seconds(found.launch)}")
+    again = f"; in a recorded step {seconds(found.replay)}" if found.replay is not None else ""
+    print(f"  start of an op   {seconds(found.launch)}{again}")
     for name, variant in found.variants.items():
         worst = ", ".join(
             f"{phase} {low / mid:.2f} ... {high / mid:.2f}" for phase, (low, mid, high) in variant.error.items()
