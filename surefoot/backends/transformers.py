@@ -17,7 +17,7 @@ import torch
 
 from surefoot.backends.base import Capture, recording
 from surefoot.core.config import EngineConfig
-from surefoot.core.errors import InputError, ModelError
+from surefoot.core.errors import InputError, ModelError, first_line
 from surefoot.core.outputs import Completion
 from surefoot.core.request import Request
 from surefoot.core.sampling import SamplingParams
@@ -124,7 +124,7 @@ def _load(folder: str, dtype: torch.dtype, seed: int | None):
                 return auto.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
             return _random(transformers.AutoModelForCausalLM.from_config(config, dtype=dtype), folder, seed, dtype)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"transformers cannot load {folder}: {first_line(error)}") from error
 
 
 def _random(model, folder: str, seed: int, dtype: torch.dtype):

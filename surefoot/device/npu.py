@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from surefoot.core.errors import DeviceError
+from surefoot.core.errors import DeviceError, first_line
 from surefoot.device.base import Device, Timer
 from surefoot.device.chips import ALL_DTYPES, NO_BF16, Capabilities, find
 from surefoot.device.graphs import Graph
@@ -36,7 +36,7 @@ def _torch_npu() -> Any:
     try:
         import torch_npu
     except (ImportError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise DeviceError(f"torch_npu cannot load CANN ({reason}): source CANN's set_env.sh first") from error
     return torch_npu
 

@@ -28,7 +28,7 @@ from torch import nn
 
 from surefoot.backends.base import Capture, recording
 from surefoot.core.config import EngineConfig
-from surefoot.core.errors import InputError, ModelError
+from surefoot.core.errors import InputError, ModelError, first_line
 from surefoot.core.outputs import Completion
 from surefoot.core.request import Request
 from surefoot.core.sampling import SamplingParams
@@ -246,5 +246,5 @@ def skeleton(folder: str, dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"transformers cannot build {folder}: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"transformers cannot build {folder}: {first_line(error)}") from error
     return model.eval().requires_grad_(False)
