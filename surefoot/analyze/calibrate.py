@@ -36,6 +36,7 @@ from surefoot.core.errors import InputError
 from surefoot.device import get_device
 from surefoot.device.base import Device
 from surefoot.engine.engine import Engine
+from surefoot.engine.graph_setup import no_graphs
 from surefoot.engine.load import versions
 from surefoot.ops import cpu
 from surefoot.quant.schemes import quantise_rows, scheme
@@ -78,7 +79,7 @@ def calibrate(settings: Settings, progress: Progress | None = None) -> Calibrati
         memory=device.memory()[1],
         bandwidth=(statistics.median(reads), reads[-1]),
         launch=_launch(device, settings),
-        replay=_replay(device, settings) if device.captures_on_use and cpu.kernels else None,
+        replay=_replay(device, settings) if device.captures_on_use and not no_graphs(device) else None,
         variants={},
         versions=versions(),
         notes=_noise(reads),

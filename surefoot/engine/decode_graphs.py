@@ -97,9 +97,8 @@ class Decoded:
 
 
 class DecodeGraphs:
-    """All graphs of one engine. `captures` counts them as they are made; after loading it must not grow.
-
-    on_use: buckets whose graph is made by the first step of that size, once `ready()`; this computes the step as well.
+    """All graphs of one engine. `captures` counts them as they are made: all before the first step, but for those
+    `on_use`, which the first step of their size makes once `ready()`; this computes the step as well.
     """
 
     def __init__(
@@ -107,14 +106,14 @@ class DecodeGraphs:
         model: CausalLM,
         device: Device,
         on_use: tuple[int, ...],
+        ready: Callable[[], bool],
         *,
         max_model_len: int,
         block_size: int,
         layers: list[KVPages | LinearState],
         rope: bool,
     ) -> None:
-        self.model, self.device, self.on_use = model, device, on_use
-        self.ready: Callable[[], bool] = lambda: True
+        self.model, self.device, self.on_use, self.ready = model, device, on_use, ready
         self.captures = 0
         self.seconds = 0.0
         self.replays = 0
@@ -144,12 +143,13 @@ class DecodeGraphs:
         rows = len(padded.items)
         if padded.num_decodes != rows or any(i.request.needs_prompt_logits for i in padded.items):
             return None
-        if rows not in self._graphs and rows in self.on_use and self.ready():
+        found = self._graphs.get(rows)
+        if found is None:
+            if rows not in self.on_use or not self.ready():
+                return None
             self.capture(rows, padded.items)
             return self._graphs[rows][1].output
-        if rows not in self._graphs:
-            return None
-        inputs, graph = self._graphs[rows]
+        inputs, graph = found
         inputs.fill(padded.items)
         graph.replay()
         self.replays += 1

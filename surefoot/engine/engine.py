@@ -60,7 +60,7 @@ class Engine:
     ):
         self.runner, self.scheduler, self.config, self._info = runner, scheduler, config, info
         self.tokenizer, self.eos_token_ids = tokenizer, eos_token_ids
-        self.postponed = postponed or Postponed()
+        self.postponed = Postponed() if postponed is None else postponed
         self._began = False
         self._live: dict[str, _Live] = {}
         self._ended: list[RequestOutput] = []

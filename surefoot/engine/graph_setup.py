@@ -43,7 +43,7 @@ def plan_for(model: CausalLM, config: EngineConfig, device: Device, dtype: torch
         most_rows = weights // (max_len * kv_all)
     return plan_graphs(
         config,
-        no_graphs=_no_graphs(device),
+        no_graphs=no_graphs(device),
         stream_limit=device.capabilities.graph_streams,
         free_bytes=device.memory()[0],
         bytes_for=bytes_for,
@@ -52,15 +52,22 @@ def plan_for(model: CausalLM, config: EngineConfig, device: Device, dtype: torch
     )
 
 
-def _no_graphs(device: Device) -> str | None:
+def no_graphs(device: Device) -> str | None:
     """Why there are none; None if there are."""
     if device.captures_on_use and kernels is None:
         return "without the C++ kernels a CPU repeats PyTorch's calls more slowly than it runs them"
     return device.no_graphs()
 
 
-def install(runner: Runner, plan: GraphPlan, device: Device, max_model_len: int) -> list[str]:
-    """Give the runner its padding, and its graphs yet to be captured; returns the notes for the user."""
+def install(
+    runner: Runner,
+    plan: GraphPlan,
+    device: Device,
+    max_model_len: int,
+    progress: Progress | None,
+    ready: Callable[[], bool],
+) -> list[str]:
+    """Give the runner its padding and its graphs; returns the notes for the user. `ready`: see `DecodeGraphs`."""
     padding = Padding(plan, runner.block_size)
     runner.padding = padding
     notes = []
@@ -70,37 +77,39 @@ def install(runner: Runner, plan: GraphPlan, device: Device, max_model_len: int)
         notes.append(f"decode steps are padded to batches of {_sizes(plan.batch_buckets)}, and run eagerly")
     if plan.token_buckets:
         notes.append(f"steps that prefill are padded to {_sizes(plan.token_buckets)} tokens")
-    if plan.mode != "off":
-        runner.graphs = DecodeGraphs(
-            runner.model,
-            device,
-            plan.batch_buckets if device.captures_on_use else (),
-            max_model_len=max_model_len,
-            block_size=runner.block_size,
-            layers=runner.layers,
-            rope=runner.length_dependent_rope,
-        )
+    if plan.mode == "off":
+        return notes
+    graphs = DecodeGraphs(
+        runner.model,
+        device,
+        plan.batch_buckets if device.captures_on_use else (),
+        ready,
+        max_model_len=max_model_len,
+        block_size=runner.block_size,
+        layers=runner.layers,
+        rope=runner.length_dependent_rope,
+    )
+    if not device.captures_on_use:
+        with ops.use(runner.ops_policy), torch.inference_mode():
+            notes.append(_capture(graphs, padding, plan, device, progress))
+    runner.graphs = graphs
     return notes
 
 
-def capture(runner: Runner, plan: GraphPlan, device: Device, progress: Progress | None) -> list[str]:
-    """Capture every bucket of the plan, the largest first: smaller ones find its working memory in the pool."""
-    padding = runner.padding
-    if runner.graphs is None or padding is None or device.captures_on_use:
-        return []
+def _capture(graphs: DecodeGraphs, padding: Padding, plan: GraphPlan, device: Device, progress: Progress | None) -> str:
+    """Capture every bucket, the largest first: smaller ones find its working memory in the pool."""
     if progress is not None:
         progress(plan.line, 0.0)
     free = device.memory()[0]
     for i, bucket in enumerate(reversed(plan.batch_buckets)):
         if progress is not None:
             progress(f"capturing graphs: batch {bucket}", i / len(plan.batch_buckets))
-        with ops.use(runner.ops_policy), torch.inference_mode():
-            runner.graphs.capture(bucket, padding.rows(bucket))
+        graphs.capture(bucket, padding.rows(bucket))
     took = max(0, free - device.memory()[0])
-    return [
-        f"{runner.graphs.captures} graphs captured in {runner.graphs.seconds:.1f} s, {took / 2**20:.0f} MiB, "
+    return (
+        f"{graphs.captures} graphs captured in {graphs.seconds:.1f} s, {took / 2**20:.0f} MiB, "
         f"for batches of {_sizes(plan.batch_buckets)}: {plan.why}"
-    ]
+    )
 
 
 def _sizes(buckets: tuple[int, ...]) -> str:

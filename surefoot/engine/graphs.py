@@ -12,7 +12,7 @@ run eagerly: the packed tokens are filled up to a size that the device has seen 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from surefoot.cache.plan import format_bytes
@@ -73,13 +73,17 @@ def bucket_of(n: int, buckets: tuple[int, ...]) -> int | None:
 def default_buckets(max_num_seqs: int) -> tuple[int, ...]:
     """1, 2, 4, then steps of 8 up to 256 and of 16 beyond (vLLM's sizes), and max_num_seqs itself."""
     sizes = [1, 2, 4, *range(8, 257, 8), *range(272, max_num_seqs + 1, 16)]
-    return tuple(sorted({s for s in sizes if s < max_num_seqs} | {max_num_seqs}))
+    return _ending(sizes, max_num_seqs)
 
 
 def exact_buckets(max_num_seqs: int) -> tuple[int, ...]:
     """Every size to 8, then steps of 4: for graphs that cost nothing until they are used."""
-    sizes = [*range(1, 9), *range(12, max_num_seqs + 1, 4)]
-    return tuple(sorted({s for s in sizes if s < max_num_seqs} | {max_num_seqs}))
+    return _ending([*range(1, 9), *range(12, max_num_seqs + 1, 4)], max_num_seqs)
+
+
+def _ending(sizes: Sequence[int], last: int) -> tuple[int, ...]:
+    """The sizes below `last`, and `last` itself."""
+    return tuple(sorted({s for s in sizes if s < last} | {last}))
 
 
 def plan_graphs(

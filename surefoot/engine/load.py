@@ -87,10 +87,7 @@ def _load(model_ref: str, config: EngineConfig, progress: Progress | None, devic
     )
     work = [*(piece.move for piece in moving), *([report.mapped.moved] if moving else [])]
     postponed = Postponed(("moving weights into memory", piece) for piece in work)
-    notes += graph_setup.install(runner, graphs, device, cache.max_model_len)
-    if runner.graphs is not None:
-        runner.graphs.ready = lambda: not postponed
-    notes += graph_setup.capture(runner, graphs, device, progress)
+    notes += graph_setup.install(runner, graphs, device, cache.max_model_len, progress, lambda: not postponed)
     scheduler, caching = make_scheduler(model, cache, config, block_size)
     info = describe(model_ref, model, device, dtype, report, cache, config, block_size, caching, notes + cache.notes)
     info.graph, info.batch_buckets, info.token_buckets = graphs.mode, graphs.batch_buckets, graphs.token_buckets

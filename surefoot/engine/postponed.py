@@ -1,5 +1,5 @@
 """What loading an engine left for later, so that its first token comes soon: weights still to be moved into memory of
-their own, graphs still to be captured. Each step but the first does a piece of it, and so does whoever has to wait.
+their own. Each step but the first does a piece of it, and so does whoever has to wait.
 """
 
 from __future__ import annotations
@@ -53,6 +53,9 @@ class Postponed:
     @contextlib.contextmanager
     def meanwhile(self) -> Iterator[None]:
         """Go on while the block waits for something, such as a user who types; ends at most a piece after the block."""
+        if not self._pieces:
+            yield
+            return
         over = threading.Event()
 
         def work() -> None:

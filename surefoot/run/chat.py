@@ -29,7 +29,7 @@ def run(engine: Engine, params: SamplingParams, style: ask.Style, read: Callable
     turns: list[dict[str, Any]] = []
     while True:
         try:
-            with engine.postponed.meanwhile() if engine.postponed else contextlib.nullcontext():
+            with engine.postponed.meanwhile():
                 line = read("> ").strip()
         except EOFError:
             print(file=sys.stderr)

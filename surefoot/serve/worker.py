@@ -211,7 +211,7 @@ class EngineWorker:
             while self._drain_inbox(block=not (engine.has_unfinished() or engine.postponed)):
                 if engine.has_unfinished():
                     self._step()
-                elif engine.postponed:
+                else:
                     engine.postponed.advance()
         except BaseException as error:
             self.error = error

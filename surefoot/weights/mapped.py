@@ -38,7 +38,7 @@ def can_map(info: TensorInfo) -> bool:
 class MappedFiles:
     """The files that a model's tensors still lie in, open, with what they looked like when they were mapped."""
 
-    files: dict[Path, tuple[int, os.stat_result]] = field(default_factory=dict)
+    files: dict[Path, tuple[int, os.stat_result, Callable[[], object]]] = field(default_factory=dict)
     _for_good: set[Path] = field(default_factory=set)
     _arrival: threading.Thread | None = None
 
@@ -58,14 +58,16 @@ class MappedFiles:
             pages, begin = self._pages([infos[name] for name in run])
             mappings.append(pages)
             tensors |= {name: self._view(infos[name], pages, begin) for name in run}
-        self._arrival = threading.Thread(target=_touch, args=(mappings,), daemon=True)
-        self._arrival.start()
+        if mappings:
+            self._arrival = threading.Thread(target=_touch, args=(mappings,), daemon=True)
+            self._arrival.start()
         return tensors
 
     def moved(self) -> None:
         """Nothing of `map_all` is used any more: files that held nothing else may change now."""
         for path in self.files.keys() - self._for_good:
-            del self.files[path]
+            _, _, close = self.files.pop(path)
+            close()
 
     def wait(self, progress: Callable[[str, float | None], None] | None = None) -> None:
         """Until all pages of `map_all` are there: reading them in the order of the disk is faster than by faults."""
@@ -81,7 +83,7 @@ class MappedFiles:
         path, begin = infos[0].file, infos[0].offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         end = infos[-1].offset + infos[-1].nbytes
         try:
-            file, seen = self._open(path)
+            file, seen, _ = self._open(path)
             if seen.st_size < end:
                 raise ModelError(f"{path} became shorter while it was read: is something still writing to it?")
             pages = mmap.mmap(file, end - begin, access=mmap.ACCESS_COPY, offset=begin)
@@ -94,16 +96,16 @@ class MappedFiles:
         count = info.nbytes // info.dtype.itemsize
         return torch.frombuffer(pages, dtype=info.dtype, count=count, offset=info.offset - begin).view(info.shape)
 
-    def _open(self, path: Path) -> tuple[int, os.stat_result]:
+    def _open(self, path: Path) -> tuple[int, os.stat_result, Callable[[], object]]:
         if path not in self.files:
             file = os.open(path, os.O_RDONLY)
-            weakref.finalize(self, os.close, file)
-            self.files[path] = file, os.fstat(file)
+            close = weakref.finalize(self, os.close, file)
+            self.files[path] = file, os.fstat(file), close
         return self.files[path]
 
     def check(self) -> None:
         """ModelError if a file changed in place; a microsecond each."""
-        for path, (file, seen) in self.files.items():
+        for path, (file, seen, _) in self.files.items():
             now = os.fstat(file)
             if (now.st_size, now.st_mtime_ns) != (seen.st_size, seen.st_mtime_ns):
                 raise ModelError(f"{path} was changed while the model is in use: load the model again")

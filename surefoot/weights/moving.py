@@ -35,6 +35,7 @@ class Piece:
             if parameter is not None:  # as it was read; `finalize` may have put another in its place
                 fresh = hugepages.empty(parameter.shape, parameter.dtype)
                 parameter.data = fresh.copy_(parameter.data)
+        for module in dict.fromkeys(module for module, _ in self.slots):
             if hasattr(module, "in_file"):
                 module.in_file = False
                 module.finalize()
